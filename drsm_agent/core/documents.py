@@ -1,0 +1,260 @@
+"""What the MongoDB documents mean: plain dicts to records and back, and updates merged into them.
+
+The chunk and keepalive documents are Go DRSM's own, with one sub-document `drsm` added that it
+ignores. A Go pod that claims sets the three pod fields and leaves `drsm` stale, so `drsm` counts
+only while its copies equal them. The design's section 7 names every field.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Document = dict[str, Any]
+
+_CHUNK_ID = re.compile(r"chunkid-(0|[1-9][0-9]{0,18})")
+GO_INCARNATION = 0
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Owner:
+    """One life of a pod; incarnation 0 is a Go DRSM pod, which has none."""
+
+    name: str
+    ip: str
+    instance: str
+    incarnation: int
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells owners apart."""
+        return (self.name, self.incarnation)
+
+
+@dataclass(frozen=True, slots=True)
+class Drsm:
+    """The sub-document that only the agent writes."""
+
+    pod: str
+    ip: str
+    instance: str
+    incarnation: int
+    grant: str = ""
+    marked: bool = False
+    hold_ms: int = 0
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A chunk document as it stands, the stale parts included."""
+
+    n: int
+    pod: str
+    ip: str
+    instance: str
+    drsm: Drsm | None = None
+
+    @property
+    def valid(self) -> Drsm | None:
+        """`drsm` while it counts: its copies equal the three fields that Go pods write."""
+        drsm = self.drsm
+        if drsm and (drsm.pod, drsm.ip, drsm.instance) == (self.pod, self.ip, self.instance):
+            return drsm
+        return None
+
+    @property
+    def owner(self) -> Owner:
+        drsm = self.valid
+        return Owner(self.pod, self.ip, self.instance, drsm.incarnation if drsm else GO_INCARNATION)
+
+    @property
+    def grant(self) -> str:
+        return drsm.grant if (drsm := self.valid) else ""
+
+    @property
+    def marked(self) -> bool:
+        return bool((drsm := self.valid) and drsm.marked)
+
+    @property
+    def hold_ms(self) -> int:
+        return drsm.hold_ms if (drsm := self.valid) else 0
+
+    @property
+    def request_id(self) -> str:
+        return drsm.request_id if (drsm := self.valid) else ""
+
+    @property
+    def document(self) -> Document:
+        key = chunk_key(self.n)
+        document = {
+            "_id": key,
+            "type": "chunk",
+            "chunkId": key,
+            "podId": self.pod,
+            "podInstance": self.instance,
+            "podIp": self.ip,
+        }
+        return document | ({"drsm": asdict(self.drsm)} if self.drsm else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Keepalive:
+    """A pod's keepalive document in one pool: a Go pod's life, or the mirror of a session."""
+
+    pod: str
+    ip: str
+    instance: str
+    drsm: Drsm | None = None
+
+    @property
+    def go_owner(self) -> Owner | None:
+        """The Go pod that wrote it, or None when it mirrors a session."""
+        drsm = self.drsm
+        if drsm and (drsm.pod, drsm.ip, drsm.instance) == (self.pod, self.ip, self.instance):
+            return None
+        return Owner(self.pod, self.ip, self.instance, GO_INCARNATION)
+
+
+OPENED, LIVE, DEAD = "opened", "live", "dead"
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A session document. `state` goes opened -> live -> dead and never back; `reason` says why it died."""
+
+    pod: str
+    ip: str
+    instance: str
+    incarnation: int
+    term: int
+    state: str
+    pools: tuple[str, ...]
+    request_id: str
+    promised_ms: int
+    reason: str = ""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return (self.pod, self.incarnation)
+
+    @property
+    def owner(self) -> Owner:
+        return Owner(self.pod, self.ip, self.instance, self.incarnation)
+
+    @property
+    def document(self) -> Document:
+        return {"_id": session_key(self.pod, self.incarnation), "type": "session"} | asdict(self)
+
+
+def chunk_key(n: int) -> str:
+    return f"chunkid-{n}"
+
+
+def session_key(pod: str, incarnation: int) -> str:
+    return f"{pod}:{incarnation}"
+
+
+def chunk_number(key: str) -> int | None:
+    """The number in a chunk document's `_id`; None for any other `_id` (never a made-up chunk 0)."""
+    match = _CHUNK_ID.fullmatch(key)
+    return int(match[1]) if match else None
+
+
+def read_chunk(document: Mapping[str, Any]) -> Chunk | None:
+    """The chunk in a pool's document, or None when it is not one, or not readable as one."""
+    n = chunk_number(str(document.get("_id")))
+    if n is None or not all(
+        isinstance(document.get(name), str) for name in ("podId", "podIp", "podInstance")
+    ):
+        return None
+    return Chunk(
+        n=n,
+        pod=document["podId"],
+        ip=document["podIp"],
+        instance=document["podInstance"],
+        drsm=_read_drsm(document.get("drsm")),
+    )
+
+
+def read_keepalive(document: Mapping[str, Any]) -> Keepalive | None:
+    """The keepalive in a pool's document, or None when it is none."""
+    if document.get("type") != "keepalive":
+        return None
+    names = ("podId", "podIp", "podInstance")
+    pod, ip, instance = (str(document.get(name) or "") for name in names)
+    return Keepalive(pod=pod, ip=ip, instance=instance, drsm=_read_drsm(document.get("drsm")))
+
+
+def read_session(document: Mapping[str, Any]) -> Session | None:
+    """The session in a document of `drsm_sessions`, or None when it is not readable as one."""
+    try:
+        return Session(
+            pod=str(document["pod"]),
+            ip=str(document["ip"]),
+            instance=str(document["instance"]),
+            incarnation=int(document["incarnation"]),
+            term=int(document["term"]),
+            state=str(document["state"]),
+            pools=tuple(map(str, document["pools"])),
+            request_id=str(document["request_id"]),
+            promised_ms=int(document["promised_ms"]),
+            reason=str(document.get("reason", "")),
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _read_drsm(value: Any) -> Drsm | None:
+    if not isinstance(value, Mapping):
+        return None
+    try:
+        return Drsm(
+            pod=str(value["pod"]),
+            ip=str(value["ip"]),
+            instance=str(value["instance"]),
+            incarnation=int(value["incarnation"]),
+            grant=str(value.get("grant", "")),
+            marked=bool(value.get("marked", False)),
+            hold_ms=int(value.get("hold_ms", 0)),
+            request_id=str(value.get("request_id", "")),
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def merge(document: Document, updated: Mapping[str, Any], removed: tuple[str, ...] = ()) -> Document:
+    """`document` with a change event's updated and removed fields, whose paths may be dotted."""
+    merged: Document = _copy(document)
+    for path, value in updated.items():
+        _set(merged, path.split("."), value)
+    for path in removed:
+        _unset(merged, path.split("."))
+    return merged
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _set(target: Any, path: list[str], value: Any) -> None:
+    head, *rest = path
+    if isinstance(target, list):  # arrays are only ever appended to: `pools.1`
+        target.extend([None] * (int(head) + 1 - len(target)))
+        target[int(head)] = value
+    elif rest:
+        _set(target.setdefault(head, {}), rest, value)
+    else:
+        target[head] = value
+
+
+def _unset(target: Any, path: list[str]) -> None:
+    head, *rest = path
+    if not isinstance(target, dict) or head not in target:
+        return
+    if rest:
+        _unset(target[head], rest)
+    else:
+        del target[head]

@@ -1,0 +1,65 @@
+"""Lease arithmetic: who may count on what, when two clocks disagree (rules R1 and R3).
+
+Durations are seconds on the holder's own clock, which counts suspended time. `RATE` bounds how far
+one machine's clock rate is off, so two machines differ by at most twice that; `CHECK` is the longest
+time from a lease check to its effect.
+"""
+
+from dataclasses import dataclass
+
+RATE = 0.005
+CHECK = 0.25
+RENEW_MIN = 0.5
+RENEWALS_PER_SECOND = 2000
+"""What one leader answers without effort; more pods renew less often (Nomad does the same)."""
+RENEWALS_PER_LEASE = 5
+LEADER_TTL_MIN = 1.0
+
+
+def holder_duration(lease: float) -> float:
+    """What the holder of a lease of `lease` seconds counts from before it sent: `(L/(1+r) - D) * (1-r)`."""
+    return (lease / (1 + RATE) - CHECK) * (1 - RATE)
+
+
+def renew_period(pods: int) -> float:
+    """Seconds between two renewals of one pod."""
+    return max(RENEW_MIN, pods / RENEWALS_PER_SECOND)
+
+
+@dataclass(frozen=True, slots=True)
+class Leases:
+    """The three configured durations, in seconds. Raises ValueError that names a broken relation."""
+
+    liveness: float
+    allocation: float
+    leader: float
+
+    def __post_init__(self) -> None:
+        _require(self.leader >= LEADER_TTL_MIN, f"T >= {LEADER_TTL_MIN} s", "DRSM_LEADER_TTL", self.leader)
+        least = RENEWALS_PER_LEASE * RENEW_MIN
+        _require(
+            self.liveness >= least,
+            f"L >= {RENEWALS_PER_LEASE} x {RENEW_MIN} s",
+            "DRSM_LIVENESS_TTL",
+            self.liveness,
+        )
+        _require(
+            self.allocation > self.liveness,
+            f"A > L ({self.liveness} s)",
+            "DRSM_ALLOCATION_TTL",
+            self.allocation,
+        )
+
+    def effective_liveness(self, pods: int) -> float:
+        """`L`, or more when so many pods renew so seldom that `L` would be less than five periods."""
+        return max(self.liveness, RENEWALS_PER_LEASE * renew_period(pods))
+
+
+def check_usage_lag(pool: str, usage_lag: float, allocation: float) -> None:
+    """`W <= A`. Raises ValueError."""
+    _require(usage_lag <= allocation, f"W <= A ({allocation} s)", f"usage_lag_ms of pool {pool}", usage_lag)
+
+
+def _require(holds: bool, relation: str, setting: str, value: float) -> None:
+    if not holds:
+        raise ValueError(f"{setting}: expected {relation}, found {value} s; change one of the two")

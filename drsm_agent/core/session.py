@@ -1,0 +1,56 @@
+"""Liveness leases: which sessions may be declared dead, and when to look again.
+
+Every renewal starts a session's lease anew, on the leader's clock, for what was promised in the
+answer. From the moment the leader decides to end a session it refuses its renewals, whatever becomes
+of the write (rule R2). Times are seconds of the caller's clock.
+"""
+
+from collections.abc import Iterable
+
+Key = tuple[str, int]
+
+
+class LivenessLeases:
+    """Deadlines of all sessions that are not dead, as far as this leader may judge them."""
+
+    def __init__(self) -> None:
+        self._deadlines: dict[Key, float] = {}
+        self._ended: dict[Key, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._deadlines)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._deadlines
+
+    def extend(self, key: Key, until: float) -> bool:
+        """Start the lease anew. False when the session's end is decided: the answer is `session_lost`."""
+        if key in self._ended:
+            return False
+        self._deadlines[key] = max(until, self._deadlines.get(key, until))
+        return True
+
+    def end(self, keys: Iterable[Key]) -> None:
+        """The leader decided: no renewal counts any more. The deadline is kept for `lapsed`."""
+        for key in keys:
+            self._ended.setdefault(key, self._deadlines.pop(key, float("-inf")))
+
+    def ending(self, key: Key) -> bool:
+        return key in self._ended
+
+    def forget(self, key: Key) -> None:
+        """The session's document is gone."""
+        self._deadlines.pop(key, None)
+        self._ended.pop(key, None)
+
+    def lapsed(self, key: Key, now: float) -> bool:
+        """Whether the lease ran out, also that of a session whose end was decided before."""
+        return now >= self._deadlines.get(key, self._ended.get(key, float("-inf")))
+
+    def due(self, now: float) -> list[Key]:
+        """Sessions whose lease ran out and whose end is not yet decided."""
+        return sorted(key for key, deadline in self._deadlines.items() if deadline <= now)
+
+    def next_deadline(self) -> float | None:
+        """When to look again; None while nothing is leased."""
+        return min(self._deadlines.values(), default=None)

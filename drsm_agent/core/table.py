@@ -1,0 +1,262 @@
+"""The table: who owns what, folded from the change stream, and nothing else.
+
+State flows one way: write -> oplog -> change stream -> this table -> events. Nothing edits it from
+the agent's own writes. Every change gets the version `(clusterTime, part)`; `part` numbers the
+stream's changes of one clusterTime (bulk writes of MongoDB 8, sharded clusters), so that two agents
+that read the same stream give the same versions.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from drsm_agent.core import documents as docs
+from drsm_agent.core import events as ev
+from drsm_agent.core.documents import DEAD, LIVE, Chunk, Document, Keepalive, Owner, Session
+from drsm_agent.core.events import Event, Version
+
+SESSIONS = "drsm_sessions"
+STAMPS = "drsm_stamps"
+
+Hash = Callable[[int, str, int], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change of one document. `document` is the whole of it (insert, replace); otherwise `updated`
+    and `removed` are to be merged into what is known, or with `gone` the document was deleted."""
+
+    space: str
+    key: str
+    at: int
+    token: str = ""
+    document: Document | None = None
+    updated: Mapping[str, Any] | None = None
+    removed: tuple[str, ...] = ()
+    gone: bool = False
+
+
+@dataclass(slots=True)
+class PoolTable:
+    """One pool: its chunks, who holds which, and what of it a consumer must have heard."""
+
+    name: str
+    version: Version
+    chunks: dict[int, Chunk] = field(default_factory=dict)
+    held: dict[tuple[str, int], dict[int, None]] = field(default_factory=dict)
+    marked: set[int] = field(default_factory=set)
+    requests: dict[str, dict[int, None]] = field(default_factory=dict)
+    keepalives: dict[str, Keepalive] = field(default_factory=dict)
+    live: dict[tuple[str, int], Owner] = field(default_factory=dict)
+    checksum: int = 0
+    unreadable: int = 0
+
+    def owners(self) -> dict[tuple[str, int], Owner]:
+        """Every pod that is up or owns a chunk."""
+        owning = {key: self.chunks[next(iter(held))].owner for key, held in self.held.items()}
+        return owning | self.live
+
+    def orphans(self) -> Iterator[Chunk]:
+        """Chunks whose owner is not up."""
+        for key, held in self.held.items():
+            if key not in self.live:
+                yield from (self.chunks[n] for n in held)
+
+
+class Table:
+    """All pools and sessions of a domain, at one point of the oplog.
+
+    `ownership(n, name, incarnation)` is a chunk's part in a pool's checksum.
+    """
+
+    def __init__(self, pools: Iterable[str], at: int, ownership: Hash) -> None:
+        self._ownership = ownership
+        self._last_at, self._part = at, 0
+        self.pools = {name: PoolTable(name, (at, 0)) for name in pools}
+        self.sessions: dict[tuple[str, int], Session] = {}
+        self.by_request: dict[tuple[str, str], Session] = {}
+        self.stamp: Document = {}
+        self.applied = 0
+
+    def load(self, space: str, documents: Iterable[Document]) -> None:
+        """Take in what was read at the table's first cluster time. No events come of it."""
+        for document in documents:
+            self._put(space, str(document["_id"]), document, (self._last_at, 0))
+
+    def apply(self, change: Change) -> list[Event]:
+        """Fold one change of the stream; returns what consumers must hear of it, in order."""
+        self._part = self._part + 1 if change.at == self._last_at else 0
+        self._last_at = change.at
+        self.applied += 1
+        version = (change.at, self._part)
+        if change.gone:
+            return self._put(change.space, change.key, None, version, change.token)
+        document = change.document
+        if document is None:
+            known = self._known(change.space, change.key)
+            document = docs.merge(known, change.updated or {}, change.removed)
+        return self._put(change.space, change.key, document, version, change.token)
+
+    def is_live(self, session: Session | None) -> bool:
+        return session is not None and session.state == LIVE
+
+    def alive(self) -> list[Session]:
+        """Sessions that are not dead, whether they have spoken yet or not."""
+        return [session for session in self.sessions.values() if session.state != DEAD]
+
+    def chunks_of(self, key: tuple[str, int]) -> list[tuple[str, Chunk]]:
+        """All chunks of one incarnation, with their pools."""
+        return [(pool.name, pool.chunks[n]) for pool in self.pools.values() for n in pool.held.get(key, ())]
+
+    # --- folding --------------------------------------------------------------------------------
+
+    def _known(self, space: str, key: str) -> Document:
+        """The document that an update is merged into, as far as the table keeps it."""
+        if space == STAMPS:
+            return self.stamp
+        if space == SESSIONS:
+            pod, _, incarnation = key.rpartition(":")
+            session = self.sessions.get((pod, int(incarnation))) if incarnation.isdigit() else None
+            return session.document if session else {"_id": key}
+        pool = self.pools[space]
+        n = docs.chunk_number(key)
+        if n is not None:
+            chunk = pool.chunks.get(n)
+            return chunk.document if chunk else {"_id": key}
+        return _keepalive_document(key, pool.keepalives.get(key))
+
+    def _put(
+        self, space: str, key: str, document: Document | None, version: Version, token: str = ""
+    ) -> list[Event]:
+        if space == STAMPS:
+            self.stamp = document or {}
+            return []
+        if space == SESSIONS:
+            return self._put_session(key, document, version, token)
+        pool = self.pools[space]
+        n = docs.chunk_number(key)
+        if n is not None:
+            return self._put_chunk(pool, n, docs.read_chunk(document) if document else None, version, token)
+        return self._put_keepalive(pool, key, document, version, token)
+
+    def _put_chunk(
+        self, pool: PoolTable, n: int, new: Chunk | None, version: Version, token: str
+    ) -> list[Event]:
+        old = pool.chunks.get(n)
+        self._index(pool, old, new)
+        if old is None and new is None:
+            return []
+        if old is None:
+            return (
+                [self._event(pool, ev.ALLOCATED, version, token, owner=new.owner, chunks=(n,))] if new else []
+            )
+        if new is None:
+            return [self._event(pool, ev.RELEASED, version, token, previous=old.owner, chunks=(n,))]
+        if (new.owner, new.grant) != (old.owner, old.grant):
+            return [
+                self._event(
+                    pool,
+                    ev.CLAIMED,
+                    version,
+                    token,
+                    owner=new.owner,
+                    previous=old.owner,
+                    chunks=(n,),
+                    grants=(new.grant,),
+                    hold_ms=new.hold_ms,
+                )
+            ]
+        if old.marked and not new.marked:
+            return [self._event(pool, ev.SCANNED, version, token, owner=new.owner, chunks=(n,))]
+        return []
+
+    def _index(self, pool: PoolTable, old: Chunk | None, new: Chunk | None) -> None:
+        if old is not None:
+            del pool.chunks[old.n]
+            _drop(pool.held, old.owner.key, old.n)
+            if old.request_id:
+                _drop(pool.requests, old.request_id, old.n)
+            pool.marked.discard(old.n)
+            pool.checksum -= self._ownership(old.n, old.owner.name, old.owner.incarnation)
+        if new is not None:
+            pool.chunks[new.n] = new
+            pool.held.setdefault(new.owner.key, {})[new.n] = None
+            if new.request_id:
+                pool.requests.setdefault(new.request_id, {})[new.n] = None
+            if new.marked:
+                pool.marked.add(new.n)
+            pool.checksum += self._ownership(new.n, new.owner.name, new.owner.incarnation)
+        pool.checksum %= 2**64
+
+    def _put_session(self, key: str, document: Document | None, version: Version, token: str) -> list[Event]:
+        pod, _, incarnation = key.rpartition(":")
+        if not incarnation.isdigit():
+            return []
+        new = docs.read_session(document) if document else None
+        old = self.sessions.pop((pod, int(incarnation)), None)
+        if old:
+            self.by_request.pop((old.pod, old.request_id), None)
+        if new:
+            self.sessions[new.key] = new
+            self.by_request[new.pod, new.request_id] = new
+        before = old.pools if old and self.is_live(old) else ()
+        after = new.pools if new and self.is_live(new) else ()
+        reason = (new.reason if new else "") or "expired"
+        out: list[Event] = []
+        for pool in self.pools.values():
+            if old and pool.name in before and pool.name not in after:
+                out += self._down(pool, old.owner, reason, version, token)
+            if new and pool.name in after and pool.name not in before:
+                out += self._up(pool, new.owner, version, token)
+        return out
+
+    def _put_keepalive(
+        self, pool: PoolTable, key: str, document: Document | None, version: Version, token: str
+    ) -> list[Event]:
+        new = docs.read_keepalive(document) if document else None
+        old = pool.keepalives.pop(key, None)
+        if new:
+            pool.keepalives[key] = new
+        before, after = old and old.go_owner, new and new.go_owner
+        if before == after:
+            return []
+        if after:  # also a pod that came back with another address: one change is one event
+            return self._up(pool, after, version, token)
+        return self._down(pool, before, "deleted", version, token) if before else []
+
+    def _up(self, pool: PoolTable, owner: Owner, version: Version, token: str) -> list[Event]:
+        pool.live[owner.key] = owner
+        return [self._event(pool, ev.UP, version, token, owner=owner)]
+
+    def _down(self, pool: PoolTable, owner: Owner, reason: str, version: Version, token: str) -> list[Event]:
+        pool.live.pop(owner.key, None)
+        return [self._event(pool, ev.DOWN, version, token, owner=owner, reason=reason)]
+
+    @staticmethod
+    def _event(pool: PoolTable, kind: str, version: Version, token: str, **fields: Any) -> Event:
+        prev, pool.version = pool.version, version
+        return Event(pool=pool.name, kind=kind, version=version, prev=prev, token=token, **fields)
+
+
+def _drop(index: dict[Any, dict[int, None]], key: Any, n: int) -> None:
+    held = index[key]
+    del held[n]
+    if not held:
+        del index[key]
+
+
+def _keepalive_document(key: str, known: Keepalive | None) -> Document:
+    """As much of a keepalive as matters; its `expireAt` is nobody's business here."""
+    document: Document = {"_id": key}
+    if known is None:
+        return document
+    document |= {"type": "keepalive", "podId": known.pod, "podIp": known.ip, "podInstance": known.instance}
+    drsm = known.drsm
+    if drsm:
+        document["drsm"] = {
+            "pod": drsm.pod,
+            "ip": drsm.ip,
+            "instance": drsm.instance,
+            "incarnation": drsm.incarnation,
+        }
+    return document

@@ -1,0 +1,262 @@
+"""Every write of the agent, each with its guard. One decision is one write.
+
+A guard is a filter in MongoDB's language, kept to equality, `$lt`, `$lte` and `$in`, so that the
+in-memory store can hold the same promise. Where a guard does not match, somebody decided otherwise
+first: that is an outcome, not an error. `_id` is unique and the arbiter of every race.
+
+`term` in a guard (rules R5, R8): a new leader stamps its term on all sessions that are not dead
+before anything else, so that nothing an older leader still has under way can match.
+"""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from drsm_agent.core.documents import (
+    DEAD,
+    LIVE,
+    OPENED,
+    Chunk,
+    Document,
+    Drsm,
+    Owner,
+    Session,
+    chunk_key,
+    session_key,
+)
+from drsm_agent.core.table import SESSIONS, STAMPS
+
+LEADER, POSITION, SETTINGS = "drsm_leader", "drsm_position", "drsm_settings"
+
+
+@dataclass(frozen=True, slots=True)
+class Insert:
+    """Refused when a document with its `_id` exists."""
+
+    space: str
+    document: Document
+
+    @property
+    def key(self) -> str:
+        return str(self.document["_id"])
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Set and push fields of the document that matches; `many` of all that match."""
+
+    space: str
+    where: Document
+    set: Document = field(default_factory=dict)
+    add_to_set: Document = field(default_factory=dict)
+    inc: Document = field(default_factory=dict)
+    many: bool = False
+
+    @property
+    def key(self) -> str:
+        return str(self.where["_id"])
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Delete the document that matches."""
+
+    space: str
+    where: Document
+
+    @property
+    def key(self) -> str:
+        return str(self.where["_id"])
+
+
+Write = Insert | Update | Delete
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a list of writes to one space: how many changed something, and which inserts (by
+    index) found their `_id` taken."""
+
+    changed: int
+    refused: frozenset[int] = frozenset()
+
+
+# --- Sessions -----------------------------------------------------------------------------------
+
+
+def open_session(session: Session) -> Insert:
+    return Insert(SESSIONS, session.document)
+
+
+def activate(pod: str, incarnation: int, term: int) -> Update:
+    """The first request of an incarnation: from now on it lives."""
+    guard = _session_guard(pod, incarnation, term) | {"state": OPENED}
+    return Update(SESSIONS, guard, set={"state": LIVE, "term": term})
+
+
+def join(pod: str, incarnation: int, pools: tuple[str, ...], term: int) -> Update:
+    guard = _session_guard(pod, incarnation, term) | {"state": {"$in": [OPENED, LIVE]}}
+    return Update(SESSIONS, guard, set={"term": term}, add_to_set={"pools": {"$each": list(pools)}})
+
+
+def promise(pod: str, incarnation: int, promised_ms: int, term: int) -> Update:
+    """Record a larger allocation lease, before the answer that promises it leaves."""
+    guard = _session_guard(pod, incarnation, term) | {"promised_ms": {"$lt": promised_ms}}
+    return Update(SESSIONS, guard, set={"promised_ms": promised_ms})
+
+
+def end_session(pod: str, incarnation: int, reason: str, term: int) -> Update:
+    """Terminal. `reason` is `expired`, `closed` or `superseded`."""
+    guard = _session_guard(pod, incarnation, term) | {"state": {"$in": [OPENED, LIVE]}}
+    return Update(SESSIONS, guard, set={"state": DEAD, "reason": reason, "term": term})
+
+
+def purge_session(pod: str, incarnation: int, term: int) -> Delete:
+    """A dead session that no chunk names any more."""
+    return Delete(SESSIONS, _session_guard(pod, incarnation, term) | {"state": DEAD})
+
+
+def stamp_sessions(term: int) -> Update:
+    """A new leader's first write: whatever an older leader decides from now on finds no match."""
+    guard = {"state": {"$in": [OPENED, LIVE]}, "term": {"$lt": term}}
+    return Update(SESSIONS, guard, set={"term": term}, many=True)
+
+
+def _session_guard(pod: str, incarnation: int, term: int) -> Document:
+    return {"_id": session_key(pod, incarnation), "term": {"$lte": term}}
+
+
+# --- Chunks -------------------------------------------------------------------------------------
+
+
+def allocate(pool: str, n: int, owner: Owner, grant: str, request_id: str) -> Insert:
+    """A free chunk to a pod. `_id` decides between two that picked the same number."""
+    return Insert(pool, _owned(n, owner, Drsm(*_who(owner), grant=grant, request_id=request_id)).document)
+
+
+def claim(pool: str, orphan: Chunk, owner: Owner, grant: str, hold_ms: int) -> Update:
+    """An orphan to a living pod, marked: what its former owners issued is not yet known."""
+    drsm = Drsm(*_who(owner), grant=grant, marked=True, hold_ms=hold_ms)
+    fields = _owned(orphan.n, owner, drsm).document
+    changed = {name: fields[name] for name in ("podId", "podIp", "podInstance", "drsm")}
+    return Update(pool, _chunk_guard(orphan), set=changed)
+
+
+def release(pool: str, chunk: Chunk) -> Delete:
+    """An owned chunk back to the free ones. A marked one does not match."""
+    return Delete(pool, _chunk_guard(chunk) | {"drsm.marked": False})
+
+
+def clear_mark(pool: str, chunk: Chunk) -> Update:
+    """A finished scan: what is in use is known again, and earlier holds do not count any more."""
+    guard = _chunk_guard(chunk) | {"drsm.marked": True}
+    return Update(pool, guard, set={"drsm.marked": False, "drsm.hold_ms": 0})
+
+
+def _chunk_guard(chunk: Chunk) -> Document:
+    """The owner as it was seen: pod, incarnation and grant, or a Go pod and the `drsm` it left."""
+    guard: Document = {"_id": chunk_key(chunk.n), "podId": chunk.pod, "podIp": chunk.ip}
+    if chunk.drsm is None:
+        return guard | {"drsm": None}
+    return guard | {"drsm.incarnation": chunk.drsm.incarnation, "drsm.grant": chunk.drsm.grant}
+
+
+def _owned(n: int, owner: Owner, drsm: Drsm) -> Chunk:
+    return Chunk(n=n, pod=owner.name, ip=owner.ip, instance=owner.instance, drsm=drsm)
+
+
+def _who(owner: Owner) -> tuple[str, str, str, int]:
+    return (owner.name, owner.ip, owner.instance, owner.incarnation)
+
+
+# --- Keepalive mirrors ----------------------------------------------------------------------------
+
+
+def mirror_keepalive(pool: str, owner: Owner, expire_at: Any) -> Insert:
+    """A session as Go pods see it. Inserted, never upserted: a renewal must not revive it."""
+    document = {
+        "_id": owner.name,
+        "type": "keepalive",
+        "podId": owner.name,
+        "podIp": owner.ip,
+        "podInstance": owner.instance,
+        "expireAt": expire_at,
+        "drsm": _copies(owner),
+    }
+    return Insert(pool, document)
+
+
+def prolong_mirror(pool: str, owner: Owner, expire_at: Any) -> Update:
+    return Update(pool, _mirror_guard(owner), set={"expireAt": expire_at})
+
+
+def delete_mirror(pool: str, owner: Owner) -> Delete:
+    return Delete(pool, _mirror_guard(owner))
+
+
+def _mirror_guard(owner: Owner) -> Document:
+    return {"_id": owner.name, "type": "keepalive", "drsm.incarnation": owner.incarnation}
+
+
+def _copies(owner: Owner) -> Document:
+    fields = asdict(owner)
+    return {"pod": fields.pop("name")} | fields
+
+
+# --- The lead, the position, the stamp ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderRecord:
+    """The leader lease. `holder` is empty once a leader gave it up; `ttl_ms` is the holder's `T`."""
+
+    holder: str
+    term: int
+    counter: int
+    ttl_ms: int
+
+    @property
+    def document(self) -> Document:
+        return {"_id": "leader"} | asdict(self)
+
+
+def read_leader(document: Document | None) -> LeaderRecord | None:
+    if document is None:
+        return None
+    return LeaderRecord(
+        holder=str(document["holder"]),
+        term=int(document["term"]),
+        counter=int(document["counter"]),
+        ttl_ms=int(document["ttl_ms"]),
+    )
+
+
+def first_lead(record: LeaderRecord) -> Insert:
+    return Insert(LEADER, record.document)
+
+
+def take_lead(seen: LeaderRecord, record: LeaderRecord) -> Update:
+    """Take over a record that has not changed since it was seen."""
+    return Update(LEADER, {"_id": "leader"} | asdict(seen), set=asdict(record))
+
+
+def renew_lead(record: LeaderRecord) -> Update:
+    guard = {"_id": "leader", "holder": record.holder, "term": record.term}
+    return Update(LEADER, guard, set={"counter": record.counter + 1, "ttl_ms": record.ttl_ms})
+
+
+def give_up_lead(record: LeaderRecord) -> Update:
+    guard = {"_id": "leader", "holder": record.holder, "term": record.term}
+    return Update(LEADER, guard, set=asdict(replace(record, holder="")))
+
+
+def save_position(term: int, position: Document) -> Update:
+    """What was published and flushed, so that the next leader goes on from there."""
+    return Update(POSITION, {"_id": "position", "term": {"$lte": term}}, set={"term": term} | position)
+
+
+def touch_stamp(term: int, agent: str) -> Update:
+    """A write whose only purpose is to come back in the change stream: what was written before it has
+    then come too."""
+    return Update(
+        STAMPS, {"_id": "stamp", "term": {"$lte": term}}, set={"term": term, "agent": agent}, inc={"n": 1}
+    )

@@ -1,0 +1,48 @@
+"""Typed faults of the agent, by what the one who meets them should do.
+
+AgentError
+ +- StoreUnavailable     the store did not answer in time, or the outcome of a write is unknown: try later
+ +- PositionLost         the change stream cannot go on from here: read everything anew
+ +- BusUnavailable       NATS did not take it: publish again once connected
+ +- LeadLost             this agent does not lead at this moment: write, publish and answer nothing
+ +- Refused              a request was refused; carries what the requester is told
+ +- Misconfigured        this agent must not start; the message says what to change
+"""
+
+from drsm_sdk.wire.messages import Failure
+
+
+class AgentError(Exception):
+    """Base of all."""
+
+
+class StoreUnavailable(AgentError):
+    """MongoDB could not be reached in time. A write may or may not have happened: read it back."""
+
+
+class PositionLost(AgentError):
+    """The change stream ended for good, or its position is gone from the oplog. `code` is MongoDB's."""
+
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class BusUnavailable(AgentError):
+    """NATS is not connected, or was not all the while since a message was handed to it."""
+
+
+class LeadLost(AgentError):
+    """The lead is not valid at this moment (rule R2)."""
+
+
+class Misconfigured(AgentError):
+    """Refused at start; the text says what was expected, what was found and what to do."""
+
+
+class Refused(AgentError):
+    """A request gets this error answer."""
+
+    def __init__(self, error: str, message: str, *, reason: str = "", retry: bool = False) -> None:
+        super().__init__(message)
+        self.failure = Failure(error=error, message=message, reason=reason, retry=retry)
