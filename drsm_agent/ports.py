@@ -16,6 +16,10 @@ from drsm_agent.core.table import Change
 from drsm_agent.core.writes import Outcome, Write
 
 Clock = Callable[[], float]
+"""Seconds of a clock that never goes back; only differences count."""
+
+WallClock = Callable[[], float]
+"""Seconds since the epoch: for `expireAt` of mirrors and for people, never for a decision."""
 
 
 def boottime() -> float:
@@ -124,6 +128,9 @@ class Bus(Protocol):
 
     async def request(self, subject: str, data: bytes, timeout: float) -> bytes:
         """Ask and wait for one answer. Raises BusUnavailable without one after `timeout` seconds."""
+
+    async def broken(self) -> str:
+        """Returns the reason once the connection is closed for good, and not before."""
 
     async def close(self) -> None:
         """Send what is pending and disconnect."""

@@ -13,6 +13,7 @@ from typing import Any
 Document = dict[str, Any]
 
 _CHUNK_ID = re.compile(r"chunkid-(0|[1-9][0-9]{0,18})")
+_SESSION_ID = re.compile(r"(.+):([0-9]{1,20})")
 GO_INCARNATION = 0
 
 
@@ -155,6 +156,12 @@ def session_key(pod: str, incarnation: int) -> str:
     return f"{pod}:{incarnation}"
 
 
+def session_number(key: str) -> tuple[str, int] | None:
+    """The pod and the incarnation in a session document's `_id`; None for any other `_id`."""
+    match = _SESSION_ID.fullmatch(key)
+    return (match[1], int(match[2])) if match else None
+
+
 def chunk_number(key: str) -> int | None:
     """The number in a chunk document's `_id`; None for any other `_id` (never a made-up chunk 0)."""
     match = _CHUNK_ID.fullmatch(key)
@@ -201,7 +208,7 @@ def read_session(document: Mapping[str, Any]) -> Session | None:
             promised_ms=int(document["promised_ms"]),
             reason=str(document.get("reason", "")),
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 
@@ -219,7 +226,7 @@ def _read_drsm(value: Any) -> Drsm | None:
             hold_ms=int(value.get("hold_ms", 0)),
             request_id=str(value.get("request_id", "")),
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 

@@ -24,11 +24,11 @@ class FreeNumbers:
 
     def take(self, count: int, used: Container[int]) -> list[int]:
         """Up to `count` numbers that are not in `used`; fewer when the pool is exhausted."""
-        taken: list[int] = []
+        taken: dict[int, None] = {}  # one that was freed is below the gap's end too, and comes twice
         while len(taken) < count and (n := self._one()) is not None:
             if n not in used:
-                taken.append(n)
-        return taken
+                taken[n] = None
+        return list(taken)
 
     def _one(self) -> int | None:
         if self._next < self._capacity:

@@ -24,13 +24,18 @@ def plan(orphans: Iterable[Chunk], living: Mapping[Owner, int]) -> list[Placed]:
 
     Returns nothing when nobody lives: the orphans stay, and are claimed when somebody appears.
     """
-    heap = [(count, owner) for owner, count in living.items() if owner.incarnation != GO_INCARNATION]
-    if not heap:
+    owned = {owner: count for owner, count in living.items() if owner.incarnation != GO_INCARNATION}
+    if not owned:
         return []
+    namesakes = {owner.name: owner for owner in sorted(owned, key=lambda owner: owner.incarnation)}
+    ordered = sorted(orphans, key=lambda chunk: chunk.n)
+    for orphan in ordered:
+        if owner := namesakes.get(orphan.pod):
+            owned[owner] += 1
+    heap = [(count, owner) for owner, count in owned.items()]
     heapq.heapify(heap)
-    namesakes = {owner.name: owner for _, owner in sorted(heap, key=lambda entry: entry[1].incarnation)}
     placed = []
-    for orphan in sorted(orphans, key=lambda chunk: chunk.n):
+    for orphan in ordered:
         if owner := namesakes.get(orphan.pod):
             placed.append(Placed(orphan, owner))
             continue

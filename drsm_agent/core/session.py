@@ -15,7 +15,7 @@ class LivenessLeases:
 
     def __init__(self) -> None:
         self._deadlines: dict[Key, float] = {}
-        self._ended: dict[Key, float] = {}
+        self._ended: dict[Key, tuple[str, float]] = {}
 
     def __len__(self) -> int:
         return len(self._deadlines)
@@ -30,13 +30,18 @@ class LivenessLeases:
         self._deadlines[key] = max(until, self._deadlines.get(key, until))
         return True
 
-    def end(self, keys: Iterable[Key]) -> None:
+    def end(self, keys: Iterable[Key], reason: str) -> None:
         """The leader decided: no renewal counts any more. The deadline is kept for `lapsed`."""
         for key in keys:
-            self._ended.setdefault(key, self._deadlines.pop(key, float("-inf")))
+            self._ended.setdefault(key, (reason, self._deadlines.pop(key, float("-inf"))))
 
-    def ending(self, key: Key) -> bool:
-        return key in self._ended
+    def ending(self, key: Key) -> str:
+        """Why the session's end was decided; empty while it was not."""
+        return self._ended[key][0] if key in self._ended else ""
+
+    def ended(self) -> dict[Key, str]:
+        """All sessions whose end was decided, with the reason."""
+        return {key: reason for key, (reason, _) in self._ended.items()}
 
     def forget(self, key: Key) -> None:
         """The session's document is gone."""
@@ -45,7 +50,8 @@ class LivenessLeases:
 
     def lapsed(self, key: Key, now: float) -> bool:
         """Whether the lease ran out, also that of a session whose end was decided before."""
-        return now >= self._deadlines.get(key, self._ended.get(key, float("-inf")))
+        _, ended = self._ended.get(key, ("", float("-inf")))
+        return now >= self._deadlines.get(key, ended)
 
     def due(self, now: float) -> list[Key]:
         """Sessions whose lease ran out and whose end is not yet decided."""

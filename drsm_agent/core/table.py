@@ -18,7 +18,15 @@ from drsm_agent.core.events import Event, Version
 SESSIONS = "drsm_sessions"
 STAMPS = "drsm_stamps"
 
-Hash = Callable[[int, str, int], int]
+
+@dataclass(frozen=True, slots=True)
+class Hashes:
+    """A chunk's part in the two checksums of the protocol."""
+
+    ownership: Callable[[int, str, int], int]
+    """of (n, owner's name, incarnation): in a pool's `sync`"""
+    holding: Callable[[int, str, bool], int]
+    """of (n, grant, marked): in what one pod holds"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +45,21 @@ class Change:
 
 
 @dataclass(slots=True)
+class Held:
+    """What one incarnation owns in a pool, in the order in which it got it."""
+
+    numbers: dict[int, None] = field(default_factory=dict)
+    checksum: int = 0
+
+
+@dataclass(slots=True)
 class PoolTable:
     """One pool: its chunks, who holds which, and what of it a consumer must have heard."""
 
     name: str
     version: Version
     chunks: dict[int, Chunk] = field(default_factory=dict)
-    held: dict[tuple[str, int], dict[int, None]] = field(default_factory=dict)
+    held: dict[tuple[str, int], Held] = field(default_factory=dict)
     marked: set[int] = field(default_factory=set)
     requests: dict[str, dict[int, None]] = field(default_factory=dict)
     keepalives: dict[str, Keepalive] = field(default_factory=dict)
@@ -53,24 +69,25 @@ class PoolTable:
 
     def owners(self) -> dict[tuple[str, int], Owner]:
         """Every pod that is up or owns a chunk."""
-        owning = {key: self.chunks[next(iter(held))].owner for key, held in self.held.items()}
+        owning = {key: self.chunks[next(iter(held.numbers))].owner for key, held in self.held.items()}
         return owning | self.live
 
     def orphans(self) -> Iterator[Chunk]:
         """Chunks whose owner is not up."""
         for key, held in self.held.items():
             if key not in self.live:
-                yield from (self.chunks[n] for n in held)
+                yield from (self.chunks[n] for n in held.numbers)
 
 
 class Table:
     """All pools and sessions of a domain, at one point of the oplog.
 
-    `ownership(n, name, incarnation)` is a chunk's part in a pool's checksum.
+    `started` is the cluster time of the read that it began with, as seconds << 32 | increment.
     """
 
-    def __init__(self, pools: Iterable[str], at: int, ownership: Hash) -> None:
-        self._ownership = ownership
+    def __init__(self, pools: Iterable[str], at: int, hashes: Hashes) -> None:
+        self._hashes = hashes
+        self.started = at
         self._last_at, self._part = at, 0
         self.pools = {name: PoolTable(name, (at, 0)) for name in pools}
         self.sessions: dict[tuple[str, int], Session] = {}
@@ -106,7 +123,12 @@ class Table:
 
     def chunks_of(self, key: tuple[str, int]) -> list[tuple[str, Chunk]]:
         """All chunks of one incarnation, with their pools."""
-        return [(pool.name, pool.chunks[n]) for pool in self.pools.values() for n in pool.held.get(key, ())]
+        return [
+            (pool.name, pool.chunks[n])
+            for pool in self.pools.values()
+            if key in pool.held
+            for n in pool.held[key].numbers
+        ]
 
     # --- folding --------------------------------------------------------------------------------
 
@@ -115,8 +137,8 @@ class Table:
         if space == STAMPS:
             return self.stamp
         if space == SESSIONS:
-            pod, _, incarnation = key.rpartition(":")
-            session = self.sessions.get((pod, int(incarnation))) if incarnation.isdigit() else None
+            number = docs.session_number(key)
+            session = self.sessions.get(number) if number else None
             return session.document if session else {"_id": key}
         pool = self.pools[space]
         n = docs.chunk_number(key)
@@ -173,27 +195,33 @@ class Table:
     def _index(self, pool: PoolTable, old: Chunk | None, new: Chunk | None) -> None:
         if old is not None:
             del pool.chunks[old.n]
-            _drop(pool.held, old.owner.key, old.n)
+            pool.marked.discard(old.n)
+            pool.checksum -= self._hashes.ownership(old.n, *old.owner.key)
+            held = pool.held[old.owner.key]
+            del held.numbers[old.n]
+            held.checksum = (held.checksum - self._hashes.holding(old.n, old.grant, old.marked)) % 2**64
+            if not held.numbers:
+                del pool.held[old.owner.key]
             if old.request_id:
                 _drop(pool.requests, old.request_id, old.n)
-            pool.marked.discard(old.n)
-            pool.checksum -= self._ownership(old.n, old.owner.name, old.owner.incarnation)
         if new is not None:
             pool.chunks[new.n] = new
-            pool.held.setdefault(new.owner.key, {})[new.n] = None
+            pool.checksum += self._hashes.ownership(new.n, *new.owner.key)
+            held = pool.held.setdefault(new.owner.key, Held())
+            held.numbers[new.n] = None
+            held.checksum = (held.checksum + self._hashes.holding(new.n, new.grant, new.marked)) % 2**64
             if new.request_id:
                 pool.requests.setdefault(new.request_id, {})[new.n] = None
             if new.marked:
                 pool.marked.add(new.n)
-            pool.checksum += self._ownership(new.n, new.owner.name, new.owner.incarnation)
         pool.checksum %= 2**64
 
     def _put_session(self, key: str, document: Document | None, version: Version, token: str) -> list[Event]:
-        pod, _, incarnation = key.rpartition(":")
-        if not incarnation.isdigit():
+        number = docs.session_number(key)
+        if number is None:
             return []
         new = docs.read_session(document) if document else None
-        old = self.sessions.pop((pod, int(incarnation)), None)
+        old = self.sessions.pop(number, None)
         if old:
             self.by_request.pop((old.pod, old.request_id), None)
         if new:
@@ -238,10 +266,10 @@ class Table:
         return Event(pool=pool.name, kind=kind, version=version, prev=prev, token=token, **fields)
 
 
-def _drop(index: dict[Any, dict[int, None]], key: Any, n: int) -> None:
-    held = index[key]
-    del held[n]
-    if not held:
+def _drop(index: dict[str, dict[int, None]], key: str, n: int) -> None:
+    numbers = index[key]
+    del numbers[n]
+    if not numbers:
         del index[key]
 
 

@@ -154,7 +154,12 @@ def clear_mark(pool: str, chunk: Chunk) -> Update:
 
 def _chunk_guard(chunk: Chunk) -> Document:
     """The owner as it was seen: pod, incarnation and grant, or a Go pod and the `drsm` it left."""
-    guard: Document = {"_id": chunk_key(chunk.n), "podId": chunk.pod, "podIp": chunk.ip}
+    guard: Document = {
+        "_id": chunk_key(chunk.n),
+        "podId": chunk.pod,
+        "podIp": chunk.ip,
+        "podInstance": chunk.instance,
+    }
     if chunk.drsm is None:
         return guard | {"drsm": None}
     return guard | {"drsm.incarnation": chunk.drsm.incarnation, "drsm.grant": chunk.drsm.grant}
@@ -194,7 +199,14 @@ def delete_mirror(pool: str, owner: Owner) -> Delete:
 
 
 def _mirror_guard(owner: Owner) -> Document:
-    return {"_id": owner.name, "type": "keepalive", "drsm.incarnation": owner.incarnation}
+    """A Go pod of the same name leaves `drsm` stale: the document is a mirror while the copies agree."""
+    return {
+        "_id": owner.name,
+        "type": "keepalive",
+        "podIp": owner.ip,
+        "podInstance": owner.instance,
+        "drsm.incarnation": owner.incarnation,
+    }
 
 
 def _copies(owner: Owner) -> Document:
@@ -240,8 +252,9 @@ def take_lead(seen: LeaderRecord, record: LeaderRecord) -> Update:
 
 
 def renew_lead(record: LeaderRecord) -> Update:
+    """Every renewal that arrives changes the record, also after one whose outcome stayed unknown."""
     guard = {"_id": "leader", "holder": record.holder, "term": record.term}
-    return Update(LEADER, guard, set={"counter": record.counter + 1, "ttl_ms": record.ttl_ms})
+    return Update(LEADER, guard, set={"ttl_ms": record.ttl_ms}, inc={"counter": 1})
 
 
 def give_up_lead(record: LeaderRecord) -> Update:

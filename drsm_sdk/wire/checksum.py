@@ -14,7 +14,7 @@ def ownership(n: int, name: str, incarnation: int) -> int:
     return _hash(f"{n} {name} {incarnation}")
 
 
-def holding(n: int, grant: str, *, marked: bool) -> int:
+def holding(n: int, grant: str, marked: bool) -> int:
     """A chunk's part in the checksum of `held`: by which grant a pod holds it, and whether marked."""
     return _hash(f"{n} {grant} {int(marked)}")
 

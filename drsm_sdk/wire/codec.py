@@ -46,11 +46,17 @@ def decode(data: bytes) -> dict[str, Any]:
     if not data:
         return {}
     try:
-        body = json.loads(data) if is_json(data) else msgpack.unpackb(data, strict_map_key=True)
+        body = _loads(data) if is_json(data) else msgpack.unpackb(data, strict_map_key=True)
     except (ValueError, RecursionError, msgpack.UnpackException) as error:
         raise DecodeError(f"expected a msgpack or JSON map, found neither ({type(error).__name__})") from None
     if not isinstance(body, dict) or not all(isinstance(key, str) for key in body):
         raise DecodeError(f"expected a map with text keys, found {type(body).__name__}")
+    return body
+
+
+def _loads(data: bytes) -> Any:
+    body = json.loads(data)
+    json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is text that nothing can write
     return body
 
 
@@ -205,7 +211,7 @@ def _read_dict(reader: Reader) -> Reader:
     def read(path: str, value: Any) -> Any:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise DecodeError(f"{path}: expected a map with text keys, found {_name(value)}")
-        return {key: reader(f"{path}.{key[:40]}", item) for key, item in value.items()}
+        return {key: reader(f"{path}.{ascii(key)[1:-1][:40]}", item) for key, item in value.items()}
 
     return read
 

@@ -38,16 +38,18 @@ class Definition:
     revision: int = 1
 
     def __post_init__(self) -> None:
-        if self.slots == 0:
-            object.__setattr__(self, "slots", min(SLOTS_DEFAULT, 2 ** max(self.block_bits, 0)))
         if not valid_pool_name(self.name):
             raise ValueError(
-                f"name: expected [a-z0-9][a-z0-9_-]{{0,31}} not beginning with drsm_, got {self.name!r}"
+                f"name: expected [a-z0-9][a-z0-9_-]{{0,31}} not beginning with drsm_, got {self.name!r:.60}"
             )
         self._require("kind", self.kind == "integer", "'integer'")
         self._require("bits", BITS_MIN <= self.bits <= BITS_MAX, f"{BITS_MIN}..{BITS_MAX}")
         self._require("block_bits", 1 <= self.block_bits <= min(16, self.bits - 1), "1..16 and below bits")
+        if self.slots == 0:
+            object.__setattr__(self, "slots", min(SLOTS_DEFAULT, 2**self.block_bits))
         self._require("slots", 1 <= self.slots <= 2**self.block_bits, f"1..{2**self.block_bits}")
+        self._require("usage_lag_ms", self.usage_lag_ms >= 0, "0 or above")
+        self._require("quarantine_ms", self.quarantine_ms >= 0, "0 or above")
         self._require("unscanned", self.unscanned in {"keep", "free"}, "'keep' or 'free'")
         self._require("revision", self.revision >= 1, "1 or above")
         for first, last in self.reserved:
@@ -55,7 +57,7 @@ class Definition:
 
     def _require(self, field: str, holds: bool, rule: str) -> None:
         if not holds:
-            raise ValueError(f"pool {self.name}: {field}: expected {rule}, got {getattr(self, field)!r}")
+            raise ValueError(f"pool {self.name}: {field}: expected {rule}, got {getattr(self, field)!r:.60}")
 
     @property
     def capacity(self) -> int:

@@ -25,6 +25,7 @@ Version = tuple[int, int]
 _DNS_LABELS = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
 _CHUNK_DOCUMENT = re.compile(r"chunkid-[0-9]+")
 _GRANT = re.compile(r"[0-9a-f]{16}")
+_UNPRINTABLE = re.compile(r"[^ -~]")
 
 
 def check_pod_name(name: str) -> None:
@@ -167,6 +168,10 @@ class Report:
     pod: str
     incarnation: int
     chunks: tuple[tuple[str, int, str, bool], ...]
+
+    def __post_init__(self) -> None:
+        if not all(valid_pool_name(pool) and _GRANT.fullmatch(grant) for pool, _, grant, _ in self.chunks):
+            raise ValueError("chunks: expected [pool, number, grant, marked] with a grant of 16 hex digits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -463,8 +468,7 @@ def summary(head: EventHead, body: EventBody) -> str:
             said = f"sync {pods} pods, {chunks} chunks, checksum {checksum:016x}"
         case Reset(reason):
             said = f"reset: {reason}"
-    text = f"{head.pool} {said}"
-    return text.encode("ascii", "replace").decode()[:200]
+    return _UNPRINTABLE.sub("?", f"{head.pool} {said}")[:200]  # names of Go pods may be anything
 
 
 def _named(pod: OwnerRef) -> str:

@@ -76,7 +76,7 @@ class Subjects:
         match subject.removeprefix(head).split(".") if subject.startswith(head) else []:
             case ["session", verb] if verb in SESSION_VERBS:
                 return Route(f"session.{verb}")
-            case ["pool", pool, verb] if verb in POOL_VERBS:
+            case ["pool", pool, verb] if verb in POOL_VERBS and valid_pool_name(pool):
                 return Route(verb, pool)
             case ["pools"]:
                 return Route("pools")
@@ -92,6 +92,6 @@ class Subjects:
 def _checked(pool: str) -> str:
     if not valid_pool_name(pool):
         raise ValueError(
-            f"pool name must match [a-z0-9][a-z0-9_-]{{0,31}} and not begin with drsm_, got {pool!r}"
+            f"pool name must match [a-z0-9][a-z0-9_-]{{0,31}} and not begin with drsm_, got {pool!r:.60}"
         )
     return pool

@@ -1,0 +1,184 @@
+"""The agent's connection to NATS: a `ports.Bus` on nats-py.
+
+What nats-py does by itself and must not do here: it buffers while disconnected and replays minutes
+later (so publishing is refused while there is no connection), `flush()` returns at once while it
+reconnects (so the connection is compared before and after), and an `-ERR` of the server can close it
+for good (so `broken` tells, and the process ends).
+"""
+
+import asyncio
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+
+from drsm_agent.errors import BusUnavailable, Misconfigured
+from drsm_agent.ports import Handler, Incoming
+
+PING_INTERVAL = 2
+PINGS_UNANSWERED_MAX = 2
+"""A peer that is gone without a word is noticed after 2 x 2 s; nats-py's own default is six minutes."""
+CONNECT_TIMEOUT = 2
+RECONNECT_WAIT_MAX = 2.0
+FLUSH_TIMEOUT = 2
+PENDING_REQUESTS_MAX = 65_536
+"""Requests that wait to be read; beyond, nats-py drops the newest and the requester asks again."""
+
+log = structlog.get_logger("drsm_agent.bus")
+
+
+class NatsSubscription:
+    """A subscription of the agent."""
+
+    def __init__(self, subscription: Any) -> None:
+        self._subscription = subscription
+
+    async def stop(self) -> None:
+        try:
+            await self._subscription.unsubscribe()
+        except NatsError as error:  # closed meanwhile: then nothing is delivered either
+            log.debug("unsubscribe", error=str(error))
+
+
+class NatsBus:
+    """One connection. Events go out on it in order; `reconnects` counts how often it was made anew."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.reconnects = 0
+        self.errors = 0
+        self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._closing = False
+
+    @classmethod
+    async def connect(cls, url: str, *, name: str, timeout: float, **options: Any) -> "NatsBus":
+        """Connect within `timeout` seconds, trying again meanwhile. Raises BusUnavailable, Misconfigured."""
+        bus = cls(Client())
+        try:
+            async with asyncio.timeout(timeout):
+                await bus._connect(url, name, options)
+        except TimeoutError:
+            raise BusUnavailable(
+                f"no NATS server answered at {_shown(url)} within {timeout:g} s; "
+                f"check DRSM_NATS_URL and that the server runs"
+            ) from None
+        except (NatsError, OSError, ValueError) as error:
+            raise Misconfigured(
+                f"cannot connect to NATS at {_shown(url)}: {error or type(error).__name__}; "
+                f"check DRSM_NATS_URL, credentials and TLS settings"
+            ) from error
+        return bus
+
+    async def _connect(self, url: str, name: str, options: dict[str, Any]) -> None:
+        await self._client.connect(
+            servers=url.split(","),
+            name=name,
+            connect_timeout=CONNECT_TIMEOUT,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=1,
+            reconnect_to_server_handler=_next_server,
+            ping_interval=PING_INTERVAL,
+            max_outstanding_pings=PINGS_UNANSWERED_MAX,
+            pending_size=-1,
+            error_cb=self._on_error,
+            closed_cb=self._on_closed,
+            reconnected_cb=self._on_reconnected,
+            disconnected_cb=self._on_disconnected,
+            **options,
+        )
+
+    @property
+    def connected(self) -> bool:
+        return bool(self._client.is_connected)
+
+    @property
+    def max_payload(self) -> int:
+        return int(self._client.max_payload)
+
+    async def broken(self) -> str:
+        """Returns the reason once the connection is closed for good, and not before."""
+        return await asyncio.shield(self._broken)
+
+    async def subscribe(self, subject: str, handler: Handler) -> NatsSubscription:
+        async def deliver(message: Msg) -> None:
+            await handler(Incoming(message.subject, message.data, message.reply))
+
+        try:
+            return NatsSubscription(
+                await self._client.subscribe(subject, cb=deliver, pending_msgs_limit=PENDING_REQUESTS_MAX)
+            )
+        except NatsError as error:
+            raise BusUnavailable(f"cannot subscribe to {subject}: {error}") from error
+
+    async def publish(
+        self, subject: str, data: bytes, headers: Mapping[str, str] | None = None, reply: str = ""
+    ) -> None:
+        self._require_connection()
+        try:
+            await self._client.publish(subject, data, reply=reply, headers=dict(headers) if headers else None)
+        except NatsError as error:
+            raise BusUnavailable(f"NATS did not take a message for {subject}: {error}") from error
+
+    async def flush(self) -> None:
+        self._require_connection()
+        before = self.reconnects
+        try:
+            await self._client.flush(timeout=FLUSH_TIMEOUT)
+        except (NatsError, TimeoutError, OSError) as error:
+            raise BusUnavailable(f"NATS did not confirm: {error or type(error).__name__}") from error
+        if not self.connected or self.reconnects != before:
+            raise BusUnavailable("the NATS connection changed while messages were under way")
+
+    async def request(self, subject: str, data: bytes, timeout: float) -> bytes:
+        self._require_connection()
+        try:
+            return bytes((await self._client.request(subject, data, timeout=timeout)).data)
+        except (NatsError, TimeoutError) as error:
+            raise BusUnavailable(f"no answer on {subject}: {error or type(error).__name__}") from error
+
+    async def close(self) -> None:
+        self._closing = True
+        if self.connected:
+            try:
+                await self.flush()
+            except BusUnavailable as error:
+                log.warning("closed_unflushed", error=str(error))
+        await self._client.close()
+
+    def _require_connection(self) -> None:
+        if not self.connected:
+            raise BusUnavailable("NATS is not connected")
+
+    # Callbacks are awaited in nats-py's read loop: they never wait and never raise.
+
+    async def _on_error(self, error: Exception) -> None:
+        self.errors += 1
+        log.warning("nats_error", error=str(error) or type(error).__name__)
+
+    async def _on_disconnected(self) -> None:
+        if not self._closing:
+            log.warning("nats_disconnected")
+
+    async def _on_reconnected(self) -> None:
+        self.reconnects += 1
+        log.info("nats_reconnected", reconnects=self.reconnects)
+
+    async def _on_closed(self) -> None:
+        if not self._broken.done():
+            self._broken.set_result(str(self._client.last_error or "closed"))
+
+
+def _next_server(servers: list[Any], _info: Any) -> tuple[Any, float]:
+    """Any of the known servers, after a random wait, so that a thousand clients do not return at once."""
+    attempts = min((server.reconnects or 0 for server in servers), default=0)
+    longest = min(RECONNECT_WAIT_MAX, 0.1 * 2 ** min(attempts, 5))
+    return random.choice(servers), random.uniform(0, longest)
+
+
+def _shown(url: str) -> str:
+    """A URL without what may be secret in it."""
+    return ",".join(part.rpartition("@")[2] if "@" in part else part for part in url.split(","))

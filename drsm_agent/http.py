@@ -1,0 +1,49 @@
+"""`/livez`, `/readyz` and `/metrics` over HTTP.
+
+Liveness is the event loop only, never a dependency: a restart repairs no database. Readiness is being
+connected and fresh, whether leading or standing by.
+"""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+from prometheus_client import exposition
+
+from drsm_agent.errors import Misconfigured
+from drsm_agent.metrics import Metrics
+
+Check = Callable[[], list[str]]
+"""What keeps the agent from being ready; empty when it is."""
+
+
+@asynccontextmanager
+async def serving(host: str, port: int, metrics: Metrics, unready: Check) -> AsyncIterator[int]:
+    """Serve until the block is left; gives the port. Raises Misconfigured when it is taken."""
+
+    async def livez(_: web.Request) -> web.Response:
+        return web.Response(text="alive\n")
+
+    async def readyz(_: web.Request) -> web.Response:
+        reasons = unready()
+        return web.Response(
+            text="".join(f"{r}\n" for r in reasons) or "ready\n", status=503 if reasons else 200
+        )
+
+    async def show_metrics(_: web.Request) -> web.Response:
+        body = exposition.generate_latest(metrics.registry)
+        return web.Response(body=body, headers={"Content-Type": exposition.CONTENT_TYPE_LATEST})
+
+    app = web.Application()
+    app.add_routes([web.get("/livez", livez), web.get("/readyz", readyz), web.get("/metrics", show_metrics)])
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, host, port)
+        try:
+            await site.start()
+        except OSError as error:
+            raise Misconfigured(f"DRSM_HTTP_PORT: cannot listen on {host}:{port}: {error.strerror}") from None
+        yield int(runner.addresses[0][1])
+    finally:
+        await runner.cleanup()

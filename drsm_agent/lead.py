@@ -1,0 +1,26 @@
+"""The lead as the leader's tasks hold it: a question that must be asked each time, never a fact to keep."""
+
+from drsm_agent.core.election import Election
+from drsm_agent.errors import LeadLost
+from drsm_agent.ports import Clock
+
+
+class Lead:
+    """One term's lead of this agent."""
+
+    def __init__(self, election: Election, clock: Clock) -> None:
+        if election.mine is None:
+            raise LeadLost("this agent does not lead")
+        self._election, self._clock = election, clock
+        self.agent, self.term = election.agent, election.mine.term
+        self.since = clock()
+
+    def check(self) -> None:
+        """Raise LeadLost unless the lead is valid at this moment (rule R2)."""
+        mine = self._election.mine
+        if mine is None or mine.term != self.term or not self._election.held(self._clock()):
+            raise LeadLost(f"the lead of term {self.term} is not valid any more")
+
+    def age(self) -> float:
+        """Seconds since this lead began."""
+        return self._clock() - self.since

@@ -1,0 +1,335 @@
+"""Gain, keep and lose the lead; whatever only a leader does lives inside the lead's scope.
+
+    campaign -> won -> stamp -> table has passed the stamp -> log published -> probe answered
+             -> every session a full lease -> serve ... until the lead is lost or given up
+
+An agent that lost the lead drops all leader work before anything else (rule R8): the scope is one
+task group, and the task that keeps the lead ends it.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+
+from drsm_agent.core import writes
+from drsm_agent.core.documents import DEAD, Document
+from drsm_agent.core.election import Election
+from drsm_agent.core.events import Version
+from drsm_agent.core.lease import Leases
+from drsm_agent.core.session import LivenessLeases
+from drsm_agent.core.table import Table
+from drsm_agent.endpoints import Endpoints
+from drsm_agent.errors import BusUnavailable, LeadLost, PositionLost, StoreUnavailable
+from drsm_agent.feed import Entry, Feed, Position, State
+from drsm_agent.lead import Lead
+from drsm_agent.metrics import Metrics
+from drsm_agent.mirrors import Mirrors
+from drsm_agent.ports import Bus, Chance, Clock, Store, WallClock
+from drsm_agent.probe import Probe
+from drsm_agent.reaper import Reaper
+from drsm_agent.relay import Relay, position_document
+from drsm_agent.requests import Requests
+from drsm_sdk.wire.definition import Definition
+from drsm_sdk.wire.subjects import Subjects
+
+RETRY_DELAY = 0.2
+
+log = structlog.get_logger("drsm_agent.leader")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What an agent is made of, for the tasks of a lead."""
+
+    store: Store
+    bus: Bus
+    feed: Feed
+    subjects: Subjects
+    leases: Leases
+    definitions: Mapping[str, Definition]
+    clock: Clock
+    wall_clock: WallClock
+    chance: Chance
+    metrics: Metrics
+
+
+class Leader:
+    """One agent's part in the election. `leading` is set while it serves."""
+
+    def __init__(self, agent: str, parts: Parts) -> None:
+        self._parts = parts
+        self._election = Election(agent, parts.leases.leader)
+        self.leading = asyncio.Event()
+
+    @property
+    def seen(self) -> writes.LeaderRecord | None:
+        """The leader's record as last read: who leads when this agent does not."""
+        return self._election.seen
+
+    async def run(self) -> None:
+        while True:
+            await self._campaign()
+            try:
+                await self._lead()
+            except* LeadLost as lost:
+                log.warning("lead_lost", reason=str(lost.exceptions[0]))
+            finally:
+                self.leading.clear()
+                self._parts.metrics.leading.set(0)
+                mine = self._election.mine
+                self._election.lost()
+                if mine:
+                    await self._give_up(mine)
+
+    # --- The lease ------------------------------------------------------------------------------
+
+    async def _campaign(self) -> None:
+        """Return once the lead is won. Meanwhile the table is kept warm and the log short."""
+        log.info("standing_by")
+        while True:
+            try:
+                if await self._try_to_win():
+                    return
+                await self._skip_published()
+            except StoreUnavailable as error:
+                log.warning("cannot_campaign", error=str(error))
+            await asyncio.sleep(self._parts.chance.jitter(self._election.period))
+
+    async def _try_to_win(self) -> bool:
+        record = writes.read_leader(_first(await self._parts.store.read(writes.LEADER)))
+        sent = self._parts.clock()
+        taken = self._election.observed(record, sent, self._highest_term())
+        if taken is None or not (await self._parts.store.write([taken])).changed:
+            return False
+        mine = self._election.won(taken, sent)
+        log.info("lead_won", term=mine.term, agent=mine.holder)
+        return True
+
+    def _highest_term(self) -> int:
+        state = self._parts.feed.current
+        return max((s.term for s in state.table.sessions.values()), default=0) if state else 0
+
+    async def _skip_published(self) -> None:
+        state = self._parts.feed.current
+        position = _first(await self._parts.store.read(writes.POSITION))
+        if state and position and position.get("at", -1) >= state.table.started:
+            self._parts.feed.skip_published(state, _versions(position, state.table))
+
+    async def _keep(self, lead: Lead) -> None:
+        """Renew the lead; ends with LeadLost the moment that it does not hold any more."""
+        while True:
+            await asyncio.sleep(self._election.period)
+            lead.check()
+            sent = self._parts.clock()
+            renewal = self._election.renewal()
+            try:
+                async with asyncio.timeout(self._parts.leases.leader):
+                    outcome = await self._parts.store.write([renewal] if renewal else [])
+            except (StoreUnavailable, TimeoutError) as error:
+                log.warning("lead_not_renewed", error=str(error) or "time-out")
+                continue
+            if not outcome.changed:
+                self._election.lost()
+                raise LeadLost("another agent has taken the lead")
+            self._election.renewed(sent)
+
+    async def _give_up(self, mine: writes.LeaderRecord) -> None:
+        """Let a standby take over at once. Guarded by holder and term, so harmless when already lost."""
+        try:
+            async with asyncio.timeout(1.0):
+                await self._parts.store.write([writes.give_up_lead(mine)])
+            log.info("lead_given_up", term=mine.term)
+        except (StoreUnavailable, TimeoutError) as error:
+            log.warning("lead_not_given_up", error=str(error) or "time-out")
+
+    # --- The scope ------------------------------------------------------------------------------
+
+    async def _lead(self) -> None:
+        lead = Lead(self._election, self._parts.clock)
+        self._parts.metrics.term.set(lead.term)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._keep(lead), name="keep-lead")
+            tasks.create_task(self._watch(lead), name="watch-lead")
+            tasks.create_task(self._serve_each_table(lead), name="serve")
+
+    async def _watch(self, lead: Lead) -> None:
+        """Ends the scope when the lead lapses while a renewal is still under way."""
+        while True:
+            lead.check()
+            await asyncio.sleep(self._election.period / 4)
+
+    async def _serve_each_table(self, lead: Lead) -> None:
+        while True:
+            state = await self._parts.feed.loaded()
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(_until_lost(state), name="watch-table")
+                    tasks.create_task(self._serve(lead, state, tasks), name="serve-table")
+            except* PositionLost:
+                self.leading.clear()
+
+    async def _serve(self, lead: Lead, state: State, tasks: asyncio.TaskGroup) -> None:
+        parts = self._parts
+        await self._stamp(lead, state)
+        relay = await self._take_up_history(lead, state, tasks)
+        tasks.create_task(relay.run(), name="relay")
+        endpoints = Endpoints(
+            tasks=tasks,
+            bus=parts.bus,
+            subjects=parts.subjects,
+            lead=lead,
+            history=relay.history,
+            metrics=parts.metrics,
+        )
+        subscription = await _retrying(
+            lambda: parts.bus.subscribe(parts.subjects.all_requests, endpoints.receive)
+        )
+        try:
+            await self._answer_and_judge(lead, state, relay, endpoints, tasks)
+            await asyncio.Event().wait()
+        finally:
+            await subscription.stop()
+
+    async def _answer_and_judge(
+        self, lead: Lead, state: State, relay: Relay, endpoints: Endpoints, tasks: asyncio.TaskGroup
+    ) -> None:
+        parts, table = self._parts, state.table
+        probe = Probe(
+            bus=parts.bus,
+            subjects=parts.subjects,
+            lead=lead,
+            liveness=parts.leases.liveness,
+            clock=parts.clock,
+            chance=parts.chance,
+        )
+        tasks.create_task(probe.run(), name="probe")
+        await probe.answered.wait()
+        liveness = self._full_leases(table)
+        requests = Requests(
+            tasks=tasks,
+            table=table,
+            relay=relay,
+            lead=lead,
+            leases=parts.leases,
+            liveness=liveness,
+            definitions=parts.definitions,
+            clock=parts.clock,
+            chance=parts.chance,
+            metrics=parts.metrics,
+        )
+        reaper = Reaper(
+            table=table,
+            relay=relay,
+            lead=lead,
+            leases=parts.leases,
+            liveness=liveness,
+            definitions=parts.definitions,
+            probe=probe,
+            clock=parts.clock,
+            chance=parts.chance,
+            metrics=parts.metrics,
+        )
+        mirrors = Mirrors(
+            table=table,
+            relay=relay,
+            leases=parts.leases,
+            definitions=parts.definitions,
+            clock=parts.clock,
+            wall_clock=parts.wall_clock,
+        )
+
+        def note(entry: Entry) -> None:
+            requests.note(entry)
+            reaper.note(entry)
+
+        parts.feed.on_change = note
+        endpoints.open(requests)
+        tasks.create_task(reaper.run(), name="reaper")
+        tasks.create_task(mirrors.run(), name="mirrors")
+        self.leading.set()
+        parts.metrics.leading.set(1)
+        log.info("serving", term=lead.term, history=relay.history)
+
+    async def _stamp(self, lead: Lead, state: State) -> None:
+        """Stamp the term on all sessions, and wait until the table has passed that (rules R5, R6)."""
+
+        async def write_both() -> None:
+            lead.check()
+            await self._parts.store.write([writes.stamp_sessions(lead.term)])
+            touched = await self._parts.store.write([writes.touch_stamp(lead.term, lead.agent)])
+            if not touched.changed:
+                raise LeadLost("an agent of a higher term has stamped the sessions")
+
+        await _retrying(write_both)
+        while (state.table.stamp.get("term"), state.table.stamp.get("agent")) != (lead.term, lead.agent):
+            await self._parts.feed.news()
+
+    async def _take_up_history(self, lead: Lead, state: State, tasks: asyncio.TaskGroup) -> Relay:
+        """Go on where the last leader's published events end, or begin a new history with a `reset`."""
+        stored = _first(await _retrying(lambda: self._parts.store.read(writes.POSITION))) or {}
+        continues = bool(stored.get("history")) and stored.get("at", -1) >= state.table.started
+        history = stored["history"] if continues else self._parts.chance.token()
+        relay = Relay(
+            tasks=tasks,
+            state=state,
+            feed=self._parts.feed,
+            store=self._parts.store,
+            bus=self._parts.bus,
+            lead=lead,
+            subjects=self._parts.subjects,
+            metrics=self._parts.metrics,
+            wall_clock=self._parts.wall_clock,
+            history=history,
+        )
+        if continues:
+            await relay.publish_log(above=_versions(stored, state.table))
+            return relay
+        versions = {name: pool.version for name, pool in state.table.pools.items()}
+        started = position_document(Position("", 0, versions), history)
+        await _retrying(lambda: self._parts.store.write([writes.save_position(lead.term, started)]))
+        log.info("new_history", history=history, reason="the table was read after the last saved position")
+        await relay.publish_log()
+        await relay.send_resets("the table was read anew")
+        return relay
+
+    def _full_leases(self, table: Table) -> LivenessLeases:
+        """Every session gets a full `L` from now on; superseded ones keep their chunks that long too."""
+        liveness = LivenessLeases()
+        alive = table.alive()
+        until = self._parts.clock() + self._parts.leases.effective_liveness(len(alive))
+        for session in alive:
+            liveness.extend(session.key, until)
+        for session in table.sessions.values():
+            if session.state == DEAD and session.reason == "superseded":
+                liveness.extend(session.key, until)
+                liveness.end([session.key], session.reason)
+        return liveness
+
+
+async def _until_lost(state: State) -> None:
+    await state.lost.wait()
+    raise PositionLost("the table is being read anew")
+
+
+async def _retrying(attempt: Callable[[], Awaitable[T]]) -> T:
+    """Try until it works; the lead's scope ends it when the lead lapses meanwhile."""
+    while True:
+        try:
+            return await attempt()
+        except (StoreUnavailable, BusUnavailable) as error:
+            log.warning("trying_again", error=str(error))
+            await asyncio.sleep(RETRY_DELAY)
+
+
+def _first(documents: list[Document]) -> Document | None:
+    return documents[0] if documents else None
+
+
+def _versions(position: Document, table: Table) -> dict[str, Version]:
+    """Each pool's last version at a stored position; a pool it does not know was never published."""
+    stored = position.get("versions", {})
+    return {pool: (int(v[0]), int(v[1])) if (v := stored.get(pool)) else (0, 0) for pool in table.pools}

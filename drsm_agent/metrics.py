@@ -1,0 +1,45 @@
+"""What the agent counts and measures, in the Prometheus format. Durations are seconds."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+
+class Metrics:
+    """One agent's metrics, in a registry of their own so that two agents can live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = r = CollectorRegistry()
+        self.leading = Gauge("drsm_leader", "1 while this agent leads", registry=r)
+        self.term = Gauge("drsm_term", "Term of this agent's last lead", registry=r)
+        self.requests = Counter(
+            "drsm_requests", "Answered requests by verb and outcome", ["verb", "outcome"], registry=r
+        )
+        self.request_seconds = Histogram(
+            "drsm_request_seconds", "From receipt to answer", ["verb"], buckets=LATENCY_BUCKETS, registry=r
+        )
+        self.changes = Counter("drsm_changes", "Changes folded from the change stream", registry=r)
+        self.events = Counter("drsm_events", "Events published, by verb", ["verb"], registry=r)
+        self.republished = Counter(
+            "drsm_events_republished", "Batches sent again as NATS had not confirmed them", registry=r
+        )
+        self.position_lost = Counter(
+            "drsm_position_lost",
+            "Times the change stream's position was lost, by server code",
+            ["code"],
+            registry=r,
+        )
+        self.claims = Counter("drsm_claims", "Orphans claimed for a living pod", registry=r)
+        self.conflicts = Counter(
+            "drsm_conflicts", "Chunk numbers that another allocator had picked first", registry=r
+        )
+        self.deaths = Counter("drsm_deaths", "Sessions ended, by reason", ["reason"], registry=r)
+        self.sessions = Gauge("drsm_sessions", "Sessions that are not dead", registry=r)
+        self.chunks = Gauge("drsm_chunks", "Owned chunks", ["pool"], registry=r)
+        self.orphans = Gauge("drsm_orphans", "Chunks whose owner is dead", ["pool"], registry=r)
+        self.marked = Gauge("drsm_marked", "Claimed chunks that are not scanned yet", ["pool"], registry=r)
+        self.stream_staleness = Gauge(
+            "drsm_stream_staleness_seconds", "Since the change stream last said something", registry=r
+        )
+        self.bus_errors = Gauge("drsm_nats_errors", "Errors reported by the NATS connection", registry=r)
+        self.bus_reconnects = Gauge("drsm_nats_reconnects", "Reconnects to NATS", registry=r)

@@ -1,0 +1,56 @@
+"""The leader's request to itself over NATS (rule R7): do not judge when you are sick.
+
+A leader that cannot hear itself cannot hear the pods either; then nobody is expired.
+"""
+
+import asyncio
+
+import structlog
+
+from drsm_agent.errors import BusUnavailable
+from drsm_agent.lead import Lead
+from drsm_agent.ports import Bus, Chance, Clock
+from drsm_sdk.wire import codec
+from drsm_sdk.wire.subjects import Subjects
+
+PROBES_PER_LEASE = 6
+"""Probes within one `L`, so that one lost probe does not stop the judging."""
+
+log = structlog.get_logger("drsm_agent.probe")
+
+
+class Probe:
+    """Asks itself every `period` seconds; `healthy` while an answer came within half of `L`."""
+
+    def __init__(
+        self, *, bus: Bus, subjects: Subjects, lead: Lead, liveness: float, clock: Clock, chance: Chance
+    ) -> None:
+        self._bus, self._subject, self._lead = bus, subjects.probe, lead
+        self._liveness, self._clock, self._chance = liveness, clock, chance
+        self._sent_of_last_answer = float("-inf")
+        self.answered = asyncio.Event()
+
+    @property
+    def period(self) -> float:
+        return self._liveness / PROBES_PER_LEASE
+
+    def healthy(self, now: float) -> bool:
+        return now - self._sent_of_last_answer < self._liveness / 2
+
+    async def run(self) -> None:
+        while True:
+            sent = self._clock()
+            try:
+                await self._ask()
+                self._sent_of_last_answer = sent
+                self.answered.set()
+            except BusUnavailable as error:
+                log.warning("probe_unanswered", error=str(error))
+            await asyncio.sleep(self.period)
+
+    async def _ask(self) -> None:
+        nonce = self._chance.token()
+        answer = await self._bus.request(self._subject, codec.encode({"nonce": nonce}), self.period)
+        body = codec.decode(answer)
+        if (body.get("agent"), body.get("nonce")) != (self._lead.agent, nonce):
+            raise BusUnavailable("another agent answered")

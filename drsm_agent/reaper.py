@@ -1,0 +1,203 @@
+"""Deaths and claims: sleeps to the next deadline, then ends sessions and moves their chunks.
+
+Death comes in steps, each one guarded write, in this order (rule R5): the session's document says
+dead; each of its chunks is claimed; last, when no chunk names the pod and `A + W` has passed, its
+keepalive mirror goes (`mirrors`). Orphans are found from the table's state, at every chunk event, at
+the start and by a slow audit, not only at the moment of death.
+"""
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+import structlog
+
+from drsm_agent.core import writes
+from drsm_agent.core.documents import DEAD, GO_INCARNATION, LIVE, Chunk, Owner, Session, chunk_number
+from drsm_agent.core.lease import Leases
+from drsm_agent.core.placement import Placed, hold_ms, plan
+from drsm_agent.core.session import Key, LivenessLeases
+from drsm_agent.core.table import PoolTable, Table
+from drsm_agent.errors import StoreUnavailable
+from drsm_agent.feed import Entry
+from drsm_agent.lead import Lead
+from drsm_agent.metrics import Metrics
+from drsm_agent.ports import Chance, Clock
+from drsm_agent.probe import Probe
+from drsm_agent.relay import Relay
+from drsm_sdk.wire.definition import Definition
+
+WRITES_MAX = 1000
+"""Claims of one bulk write; a death of more chunks takes several."""
+AUDIT_INTERVAL = 10.0
+"""The slow audit: what no event announced, and what a failed write left."""
+GO_SILENCE = 25.0
+"""A Go pod renews every 5 s for 20 s; unchanged or missing for this long, it is down."""
+PURGE_AFTER = 3600.0
+"""A dead session's document is kept this long beyond `A + W`, for people who look for a reason."""
+RETRY_DELAY = 0.5
+
+log = structlog.get_logger("drsm_agent.reaper")
+T = TypeVar("T")
+
+
+class Reaper:
+    """Ends sessions, claims orphans and keeps the mirrors, for one lead."""
+
+    def __init__(
+        self,
+        *,
+        table: Table,
+        relay: Relay,
+        lead: Lead,
+        leases: Leases,
+        liveness: LivenessLeases,
+        definitions: Mapping[str, Definition],
+        probe: Probe,
+        clock: Clock,
+        chance: Chance,
+        metrics: Metrics,
+    ) -> None:
+        self._table, self._relay, self._lead = table, relay, lead
+        self._leases, self._liveness, self._definitions = leases, liveness, definitions
+        self._probe, self._clock = probe, clock
+        self._chance, self._metrics = chance, metrics
+        self._news = asyncio.Event()
+        self._dead_since: dict[Key, float] = {}
+        self._go_heard: dict[tuple[str, str], float] = {}
+
+    def note(self, entry: Entry) -> None:
+        """Something changed: look again. Keepalives are the only sign of life of Go pods."""
+        now = self._clock()
+        for space, key in entry.changed:
+            if space in self._table.pools and chunk_number(key) is None:
+                self._go_heard[space, key] = now
+        if entry.events:
+            self._news.set()
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self._expire_due()
+                await self._claim_orphans()
+                await self._purge()
+                self._measure()
+                wait = self._until_next()
+            except StoreUnavailable as error:
+                log.warning("put_off", error=str(error))
+                wait = RETRY_DELAY
+            try:
+                async with asyncio.timeout(wait):
+                    await self._news.wait()
+            except TimeoutError:
+                pass
+            self._news.clear()
+
+    def _until_next(self) -> float:
+        """Seconds to sleep: to the next lease that may lapse, at most one audit interval."""
+        deadline = self._liveness.next_deadline()
+        if deadline is None:
+            return AUDIT_INTERVAL
+        wait = deadline - self._clock()
+        return min(AUDIT_INTERVAL, wait if wait > 0 else self._probe.period)
+
+    # --- Step one: sessions -----------------------------------------------------------------------
+
+    async def _expire_due(self) -> None:
+        now = self._clock()
+        due = self._liveness.due(now)
+        if due and not self._probe.healthy(now):
+            log.warning("not_judging", due=len(due), reason="no request to myself came back lately")
+            due = []
+        self._liveness.end(due, "expired")
+        for pod, incarnation in due:
+            log.warning("session_expired", pod=pod, incarnation=incarnation)
+        self._metrics.deaths.labels(reason="expired").inc(len(due))
+        for batch in _batches(self._undone()):
+            term = self._lead.term
+            await self._relay.commit([writes.end_session(*key, reason, term) for key, reason in batch])
+
+    def _undone(self) -> list[tuple[Key, str]]:
+        """Sessions whose end was decided but is not yet written."""
+        return [
+            (key, reason)
+            for key, reason in self._liveness.ended().items()
+            if (session := self._table.sessions.get(key)) and session.state != DEAD
+        ]
+
+    # --- Step two: chunks -------------------------------------------------------------------------
+
+    async def _claim_orphans(self) -> None:
+        for pool in self._table.pools.values():
+            placed = plan(self._claimable(pool), self._living(pool))
+            for batch in _batches(placed):
+                await self._relay.commit([self._claim(pool, claim) for claim in batch])
+                self._metrics.claims.inc(len(batch))
+                log.info("claimed", pool=pool.name, chunks=len(batch))
+
+    def _claimable(self, pool: PoolTable) -> list[Chunk]:
+        return [orphan for orphan in pool.orphans() if self._may_claim(pool, orphan.owner)]
+
+    def _may_claim(self, pool: PoolTable, former: Owner) -> bool:
+        """Whether the owner's death is final, and nobody may still be routed to it for good reason."""
+        now = self._clock()
+        if former.incarnation == GO_INCARNATION:
+            return now - self._go_heard.setdefault((pool.name, former.name), now) >= GO_SILENCE
+        session = self._table.sessions.get(former.key)
+        if session is None:
+            return True
+        if session.state != DEAD:
+            return False
+        return session.reason != "superseded" or self._liveness.lapsed(former.key, now)
+
+    def _living(self, pool: PoolTable) -> dict[Owner, int]:
+        """Pods that may claim, with the number of chunks that each owns."""
+        return {
+            owner: len(pool.held[key].numbers) if key in pool.held else 0
+            for key, owner in pool.live.items()
+            if not self._liveness.ending(key)
+        }
+
+    def _claim(self, pool: PoolTable, claim: Placed) -> writes.Update:
+        former = self._table.sessions.get(claim.orphan.owner.key)
+        usage_lag = self._definitions[pool.name].usage_lag_ms
+        hold = hold_ms(claim.orphan, former, round(self._leases.allocation * 1000), usage_lag)
+        return writes.claim(pool.name, claim.orphan, claim.owner, self._chance.token(), hold)
+
+    # --- Last: what is left of the dead ---------------------------------------------------------------
+
+    async def _purge(self) -> None:
+        over = [
+            session
+            for session in self._table.sessions.values()
+            if session.state == DEAD
+            and self._dead_for(session) >= PURGE_AFTER + self._after(session)
+            and not self._table.chunks_of(session.key)
+        ]
+        for batch in _batches(over):
+            await self._relay.commit([writes.purge_session(*s.key, self._lead.term) for s in batch])
+            for session in batch:
+                self._liveness.forget(session.key)
+                self._dead_since.pop(session.key, None)
+
+    def _dead_for(self, session: Session) -> float:
+        """Seconds since this leader first saw the session dead."""
+        now = self._clock()
+        return now - self._dead_since.setdefault(session.key, now)
+
+    def _after(self, session: Session) -> float:
+        """`A + W`, in seconds, for a session's largest `A` and the largest `W` of its pools."""
+        lags = [self._definitions[p].usage_lag_ms for p in session.pools if p in self._definitions]
+        return (session.promised_ms + max(lags, default=0)) / 1000
+
+    def _measure(self) -> None:
+        self._metrics.sessions.set(sum(s.state == LIVE for s in self._table.sessions.values()))
+        for pool in self._table.pools.values():
+            self._metrics.chunks.labels(pool=pool.name).set(len(pool.chunks))
+            self._metrics.orphans.labels(pool=pool.name).set(sum(1 for _ in pool.orphans()))
+            self._metrics.marked.labels(pool=pool.name).set(len(pool.marked))
+
+
+def _batches(items: list[T]) -> Iterator[list[T]]:
+    for start in range(0, len(items), WRITES_MAX):
+        yield items[start : start + WRITES_MAX]

@@ -1,0 +1,286 @@
+"""Log -> events on NATS -> flush -> position saved. What only the leader publishes goes through here.
+
+The order is the guarantee (G4): an event is published and the server has it before any answer that
+depends on it, and the position moves on only after that. What was not confirmed is published again;
+consumers drop what they hold already.
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import structlog
+
+from drsm_agent.core import events as ev
+from drsm_agent.core import writes
+from drsm_agent.core.documents import Document, Owner
+from drsm_agent.core.events import Event, Version
+from drsm_agent.core.table import STAMPS
+from drsm_agent.core.writes import Outcome, Write
+from drsm_agent.errors import BusUnavailable, LeadLost, StoreUnavailable
+from drsm_agent.feed import Entry, Feed, Position, State
+from drsm_agent.flight import Flight
+from drsm_agent.lead import Lead
+from drsm_agent.metrics import Metrics
+from drsm_agent.ports import Bus, Store, WallClock
+from drsm_sdk.wire import codec, messages
+from drsm_sdk.wire.messages import EventBody, EventHead, OwnerRef
+from drsm_sdk.wire.subjects import Subjects
+
+SYNC_INTERVAL = 2.0
+POSITION_INTERVAL = 1.0
+"""How much is published twice at most after a crash, in seconds of events."""
+FLUSH_RETRY = 0.2
+SHOWN_TIMEOUT = 4.0
+"""A change that was written comes back in the stream within milliseconds; after this long something is
+down, and the requester is told to try again, before its own time-out."""
+
+log = structlog.get_logger("drsm_agent.relay")
+Key = tuple[str, str]
+
+
+class Relay:
+    """Publishes one lead's events, and tells when a change has been published."""
+
+    def __init__(
+        self,
+        *,
+        tasks: asyncio.TaskGroup,
+        state: State,
+        feed: Feed,
+        store: Store,
+        bus: Bus,
+        lead: Lead,
+        subjects: Subjects,
+        metrics: Metrics,
+        wall_clock: WallClock,
+        history: str,
+    ) -> None:
+        self._state, self._feed, self._store, self._bus = state, feed, store, bus
+        self._lead, self._subjects, self._metrics, self._wall_clock = lead, subjects, metrics, wall_clock
+        self.history = history
+        self.published = 0
+        self._expected: dict[Key, list[asyncio.Future[None]]] = defaultdict(list)
+        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
+        self._position: Position | None = None
+        self._saved: Position | None = None
+        self._barriers: Flight[None, None] = Flight(tasks, self._touch)
+
+    # --- What requests and claims use -----------------------------------------------------------
+
+    async def commit(self, decided: Sequence[Write]) -> Outcome:
+        """Write, and return once all that it changed was published, and the server has it.
+
+        Raises StoreUnavailable when the outcome is unknown, LeadLost. A guard that did not match is no
+        error: look at the table, which has then passed the write.
+        """
+        self._lead.check()
+        expected = self._expect((write.space, write.key) for write in decided)
+        try:
+            outcome = await self._store.write(decided)
+            if outcome.changed == len(decided):
+                await _within(SHOWN_TIMEOUT, asyncio.gather(*expected))
+            else:
+                await self.barrier()
+        finally:
+            for future in expected:
+                future.cancel()
+        return outcome
+
+    async def write_unseen(self, decided: Sequence[Write]) -> None:
+        """Write what is no event, so that nobody waits to see it: keepalive mirrors."""
+        self._lead.check()
+        await self._store.write(decided)
+
+    async def barrier(self) -> None:
+        """Return once everything that was written before this call is in the table and was published."""
+        await self._barriers.board(object(), None)
+
+    async def caught_up(self) -> None:
+        """Return once everything that the table shows at this moment was published."""
+        if self.published >= self._state.table.applied:
+            return
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((self._state.table.applied, future))
+        await _within(SHOWN_TIMEOUT, future)
+
+    async def _touch(self, passengers: Sequence[None]) -> Sequence[None]:
+        self._lead.check()
+        (expected,) = self._expect([(STAMPS, "stamp")])
+        outcome = await self._store.write([writes.touch_stamp(self._lead.term, self._lead.agent)])
+        if not outcome.changed:
+            raise LeadLost("an agent of a higher term has stamped the sessions")
+        await _within(SHOWN_TIMEOUT, expected)
+        return passengers
+
+    def _expect(self, keys: Iterable[Key]) -> list[asyncio.Future[None]]:
+        futures = []
+        for key in keys:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._expected[key].append(future)
+            futures.append(future)
+        return futures
+
+    # --- Publishing -----------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Publish what the feed logs, a `sync` of every pool each SYNC_INTERVAL, and save the position."""
+        loop = asyncio.get_running_loop()
+        sync_at = loop.time()
+        save_at = loop.time() + POSITION_INTERVAL
+        while True:
+            await self.publish_log()
+            if loop.time() >= sync_at:
+                await self._delivered(self._send_syncs)
+                sync_at = loop.time() + SYNC_INTERVAL
+            if loop.time() >= save_at:
+                await self._save_position()
+                save_at = loop.time() + POSITION_INTERVAL
+            try:
+                async with asyncio.timeout_at(min(sync_at, save_at)):
+                    await self._feed.news()
+            except TimeoutError:
+                continue
+
+    async def publish_log(self, above: dict[str, Version] | None = None) -> None:
+        """Publish everything logged so far; of each pool only what is above a version, if given."""
+        while entries := list(self._state.log):
+            events = [event for entry in entries for event in entry.events]
+            if above is not None:
+                events = [event for event in events if event.version > above[event.pool]]
+            if events:
+                merged = ev.coalesce(events, most=messages.CHUNKS_PER_EVENT)
+                await self._delivered(partial(self._send_events, merged))
+            self._settle(entries)
+            self._feed.shorten(self._state, entries[-1].index)
+
+    async def send_resets(self, reason: str) -> None:
+        """A new history begins: every consumer takes a snapshot."""
+        await self._delivered(partial(self._send_resets, messages.Reset(reason)))
+
+    async def _send_resets(self, reset: messages.Reset) -> None:
+        for pool in self._state.table.pools.values():
+            await self._send(pool.name, reset, (pool.version, pool.version), self.history)
+
+    async def _send_events(self, events: Sequence[Event]) -> None:
+        for event in events:
+            await self._send(event.pool, event_body(event), (event.version, event.prev), event.token)
+
+    async def _send_syncs(self) -> None:
+        for pool in self._state.table.pools.values():
+            body = messages.Sync(pods=len(pool.live), chunks=len(pool.chunks), checksum=pool.checksum)
+            await self._send(pool.name, body, (pool.version, pool.version))
+
+    async def _send(
+        self, pool: str, body: EventBody, versions: tuple[Version, Version], token: str = ""
+    ) -> None:
+        self._lead.check()
+        verb, (version, prev) = messages.EVENT_VERBS[type(body)], versions
+        head = EventHead(
+            pool=pool,
+            version=version,
+            prev=prev,
+            agent=self._lead.agent,
+            term=self._lead.term,
+            history=self.history,
+            at=round(self._wall_clock() * 1000),
+        )
+        headers = {"Content-Type": messages.CONTENT_TYPE, "Drsm-Summary": messages.summary(head, body)}
+        if token:
+            headers["Nats-Msg-Id"] = f"{pool}.{verb}.{token}"
+        data = codec.encode(codec.to_map(head) | codec.to_map(body))
+        await self._bus.publish(self._subjects.event(pool, verb), data, headers)
+        self._metrics.events.labels(verb=verb).inc()
+
+    async def _delivered(self, send: Callable[[], Awaitable[None]]) -> None:
+        """Send and flush; again from the start until the server has confirmed all of it."""
+        while True:
+            self._lead.check()
+            try:
+                await send()
+                await self._bus.flush()
+            except BusUnavailable as error:
+                log.warning("not_confirmed", error=str(error), action="publishing again")
+                self._metrics.republished.inc()
+                await asyncio.sleep(FLUSH_RETRY)
+            else:
+                return
+
+    def _settle(self, entries: Sequence[Entry]) -> None:
+        """These were published and the server has them: whoever waited for it may go on."""
+        for entry in entries:
+            for key in entry.changed:
+                for future in self._expected.pop(key, ()):
+                    _resolve(future)
+            if entry.position:
+                self._position = entry.position
+        self.published = max(self.published, entries[-1].index)
+        for _, future in (ready := [waiter for waiter in self._waiting if waiter[0] <= self.published]):
+            _resolve(future)
+        self._waiting = [waiter for waiter in self._waiting if waiter not in ready]
+
+    async def _save_position(self) -> None:
+        if self._position is None or self._position == self._saved:
+            return
+        self._lead.check()
+        try:
+            outcome = await self._store.write(
+                [writes.save_position(self._lead.term, position_document(self._position, self.history))]
+            )
+        except StoreUnavailable as error:
+            log.warning("position_not_saved", error=str(error))
+            return
+        if not outcome.changed:
+            raise LeadLost("an agent of a higher term has saved its position")
+        self._saved = self._position
+
+
+async def _within(timeout: float, expected: "asyncio.Future[Any]") -> None:
+    try:
+        async with asyncio.timeout(timeout):
+            await expected
+    except TimeoutError:
+        raise StoreUnavailable(
+            f"a change was not seen to be published within {timeout:g} s: the change stream or NATS is behind"
+        ) from None
+
+
+def _resolve(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def position_document(position: Position, history: str) -> Document:
+    """A position as it is stored, with the history that its versions belong to."""
+    return {
+        "token": position.token,
+        "at": position.at,
+        "history": history,
+        "versions": {pool: list(version) for pool, version in position.versions.items()},
+    }
+
+
+def event_body(event: Event) -> EventBody:
+    """The wire message of a core event."""
+    match event.kind, event.owner, event.previous:
+        case ev.UP, Owner() as owner, _:
+            return messages.PodUp(owner_ref(owner))
+        case ev.DOWN, Owner() as owner, _:
+            return messages.PodDown(owner_ref(owner), event.reason)
+        case ev.ALLOCATED, Owner() as owner, _:
+            return messages.ChunkAllocated(owner_ref(owner), event.chunks)
+        case ev.CLAIMED, Owner() as owner, Owner() as previous:
+            return messages.ChunkClaimed(
+                owner_ref(owner), owner_ref(previous), event.chunks, event.grants, event.hold_ms
+            )
+        case ev.SCANNED, Owner() as owner, _:
+            return messages.ChunkScanned(owner_ref(owner), event.chunks)
+        case ev.RELEASED, _, Owner() as previous:
+            return messages.ChunkReleased(owner_ref(previous), event.chunks)
+    raise AssertionError(f"an event that the wire does not know: {event}")
+
+
+def owner_ref(owner: Owner) -> OwnerRef:
+    return OwnerRef(owner.name, owner.ip, owner.instance, owner.incarnation)

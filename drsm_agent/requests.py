@@ -1,0 +1,454 @@
+"""One handler per request subject, each around one guarded write.
+
+A handler gets the decoded message and returns the answer; `Endpoint` (endpoints.py) does the bytes.
+Handlers look at the table, never at MongoDB; what they write comes back through the change stream,
+is published, and only then answered (G4). Requests of one moment share one bulk write (`Flight`).
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import structlog
+
+from drsm_agent.core import writes
+from drsm_agent.core.documents import DEAD, LIVE, OPENED, Chunk, Owner, Session
+from drsm_agent.core.events import RELEASED
+from drsm_agent.core.lease import Leases, holder_duration, renew_period
+from drsm_agent.core.numbers import FreeNumbers
+from drsm_agent.core.session import Key, LivenessLeases
+from drsm_agent.core.table import PoolTable, Table
+from drsm_agent.errors import Refused, StoreUnavailable
+from drsm_agent.feed import Entry
+from drsm_agent.flight import Flight
+from drsm_agent.lead import Lead
+from drsm_agent.metrics import Metrics
+from drsm_agent.ports import Chance, Clock
+from drsm_agent.relay import Relay, owner_ref
+from drsm_agent.snapshots import owner_state, snapshot_owner, snapshot_pages
+from drsm_sdk.wire import messages as m
+from drsm_sdk.wire.definition import Definition
+
+ALLOCATION_ROUNDS_MAX = 8
+"""Times that other allocators may pick the same numbers first before a requester is told to try again."""
+COUNTER_START_BELOW = 2**31
+CHUNKS_PER_FLIGHT_MAX = 10_000
+"""Inserts of one bulk: 0.2 s on a small replica set. When more are asked for at once, all get fewer."""
+
+log = structlog.get_logger("drsm_agent.requests")
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A request for chunks, aboard a flight."""
+
+    owner: Owner
+    count: int
+    request_id: str
+
+
+class Requests:
+    """The requests of one lead."""
+
+    def __init__(
+        self,
+        *,
+        tasks: asyncio.TaskGroup,
+        table: Table,
+        relay: Relay,
+        lead: Lead,
+        leases: Leases,
+        liveness: LivenessLeases,
+        definitions: Mapping[str, Definition],
+        clock: Clock,
+        chance: Chance,
+        metrics: Metrics,
+    ) -> None:
+        self._table, self._relay, self._lead, self._metrics = table, relay, lead, metrics
+        self._leases, self._liveness, self._definitions = leases, liveness, definitions
+        self._clock, self._chance = clock, chance
+        self._counter = chance.below(COUNTER_START_BELOW)
+        self._use: dict[Key, dict[str, m.Use]] = {}
+        self._free = {name: _free_numbers(definitions[name], pool) for name, pool in table.pools.items()}
+        self._opens: Flight[m.Open, Session] = Flight(tasks, self._open_all)
+        self._activations: Flight[Key, None] = Flight(tasks, self._activate_all)
+        self._joins: Flight[m.Join, None] = Flight(tasks, self._join_all)
+        self._closes: Flight[Key, None] = Flight(tasks, self._close_all)
+        self._acquires = {name: Flight(tasks, partial(self._acquire_all, name)) for name in table.pools}
+        self._releases = {name: Flight(tasks, partial(self._release_all, name)) for name in table.pools}
+        self._scans = {name: Flight(tasks, partial(self._scanned_all, name)) for name in table.pools}
+
+    def note(self, entry: Entry) -> None:
+        """Chunk numbers that became free are granted again, last."""
+        for event in entry.events:
+            if event.kind == RELEASED:
+                for n in event.chunks:
+                    self._free[event.pool].freed(n)
+
+    # --- Sessions -------------------------------------------------------------------------------
+
+    async def open(self, request: m.Open) -> m.Opened:
+        for pool in request.pools:
+            self.pool(pool)
+        session = self._table.by_request.get((request.pod.name, request.request_id))
+        if session is None:
+            session = await self._opens.board((request.pod.name, request.request_id), request)
+        if session.state == DEAD:
+            raise _lost(session.reason)
+        self._extend(session.key)
+        return m.Opened(
+            incarnation=session.incarnation,
+            definitions=self._defined(request.pools),
+            liveness_ms=self._liveness_ms(),
+            allocation_ms=_ms(holder_duration(self._leases.allocation)),
+            renew_ms=_ms(self._renew_period()),
+        )
+
+    async def join(self, request: m.Join) -> m.Joined:
+        for pool in request.pools:
+            self.pool(pool)
+        session = await self._living(request.pod, request.incarnation)
+        if not set(request.pools) <= set(session.pools):
+            await self._joins.board((session.key, request.pools), request)
+        return m.Joined(self._defined(request.pools))
+
+    async def renew(self, request: m.Renew) -> m.Renewed:
+        session = await self._living(request.pod, request.incarnation)
+        if session.promised_ms < _ms(self._leases.allocation):
+            await self._relay.commit(
+                [writes.promise(*session.key, _ms(self._leases.allocation), self._lead.term)]
+            )
+        self._extend(session.key)
+        self._use[session.key] = {pool: use for pool, use in request.use.items() if pool in session.pools}
+        return m.Renewed(
+            liveness_ms=self._liveness_ms(),
+            allocation_ms=_ms(holder_duration(self._leases.allocation)),
+            renew_ms=_ms(self._renew_period()),
+            held={pool: self._held(pool, session.key) for pool in session.pools if pool in self._table.pools},
+        )
+
+    async def chunks(self, request: m.SessionRef) -> m.SessionChunks:
+        session = await self._living(request.pod, request.incarnation)
+        await self._relay.caught_up()
+        owned = self._table.chunks_of(session.key)
+        return m.SessionChunks(
+            chunks=tuple(
+                (pool, chunk.n, chunk.grant, chunk.hold_ms if chunk.marked else None) for pool, chunk in owned
+            ),
+            version={pool: self._table.pools[pool].version for pool in session.pools},
+        )
+
+    async def close(self, request: m.SessionRef) -> m.Empty:
+        """Accepted of a dead or unknown incarnation too; it then changes nothing."""
+        session = self._table.sessions.get((request.pod, request.incarnation))
+        if session and session.state != DEAD:
+            self._liveness.end([session.key], "closed")
+            await self._closes.board(session.key, session.key)
+        return m.Empty()
+
+    async def report(self, request: m.Report) -> m.Reported:
+        await self._living(request.pod, request.incarnation)
+        raise Refused(
+            "bad_request", "no restore was announced, so nothing is to be reported", reason="no_restore"
+        )
+
+    # --- Pools ----------------------------------------------------------------------------------
+
+    async def acquire(self, pool: PoolTable, request: m.Acquire) -> m.Acquired:
+        session = await self._member(pool, request.pod, request.incarnation)
+        granted = self._granted(pool, session.owner, request.request_id)
+        if not granted:
+            wanted = _Wanted(session.owner, request.count, request.request_id)
+            granted = await self._acquires[pool.name].board((session.key, request.request_id), wanted)
+        else:
+            await self._relay.caught_up()
+        self._session(request.pod, request.incarnation)
+        return m.Acquired(chunks=tuple((chunk.n, chunk.grant) for chunk in granted), version=pool.version)
+
+    async def release(self, pool: PoolTable, request: m.ChunkList) -> m.Released:
+        session = await self._member(pool, request.pod, request.incarnation)
+        owned = self._owned(pool, session.key, request.chunks)
+        if owned := [chunk for chunk in owned if not chunk.marked]:
+            await self._releases[pool.name].board((session.key, request.chunks), owned)
+        still = {chunk.n for chunk in self._owned(pool, session.key, request.chunks)}
+        return m.Released(tuple(n for n, _ in request.chunks if n not in still))
+
+    async def scanned(self, pool: PoolTable, request: m.ChunkList) -> m.Cleared:
+        session = await self._member(pool, request.pod, request.incarnation)
+        owned = self._owned(pool, session.key, request.chunks)
+        if marked := [chunk for chunk in owned if chunk.marked]:
+            await self._scans[pool.name].board((session.key, request.chunks), marked)
+        owned = self._owned(pool, session.key, request.chunks)
+        return m.Cleared(tuple(chunk.n for chunk in owned if not chunk.marked))
+
+    async def pods(self, pool: PoolTable, _: m.Empty) -> m.Pods:
+        return m.Pods(tuple(self._pod_state(pool, owner) for owner in pool.owners().values()))
+
+    async def owner(self, pool: PoolTable, request: m.OwnerQuery) -> m.OwnerAnswer:
+        if not isinstance(request.id, int):
+            raise Refused("bad_request", f"id: pool {pool.name} has integer ids")
+        n = self._definitions[pool.name].chunk_of(request.id)
+        chunk = pool.chunks.get(n) if n is not None else None
+        if chunk is None:
+            return m.OwnerAnswer(chunk=n, owner=None, marked=False)
+        return m.OwnerAnswer(chunk=n, owner=snapshot_owner(pool, chunk.owner), marked=chunk.marked)
+
+    async def pools(self, _: m.Empty) -> m.Pools:
+        return m.Pools(
+            pools=tuple(self._pool_state(pool) for pool in self._table.pools.values()),
+            leader=m.LeaderState(self._lead.agent, self._lead.term, _ms(self._lead.age())),
+        )
+
+    def snapshot(self, pool: PoolTable, max_payload: int) -> list[m.SnapshotPage]:
+        return snapshot_pages(pool, self._definitions[pool.name], max_payload)
+
+    # --- Flights: one bulk write for all that wait ------------------------------------------------
+
+    async def _open_all(self, opening: Sequence[m.Open]) -> Sequence[Session | Exception]:
+        sessions = [self._new_session(request) for request in opening]
+        await self._relay.commit([writes.open_session(session) for session in sessions])
+        for session in sessions:
+            self._extend(session.key)
+            log.info("session_opened", pod=session.pod, incarnation=session.incarnation)
+        return [self._table.sessions.get(session.key) or _unknown_outcome("open") for session in sessions]
+
+    async def _activate_all(self, keys: Sequence[Key]) -> Sequence[Exception | None]:
+        """First requests: these incarnations live from now on, and supersede lower ones of their names."""
+        newest = dict(sorted(keys))
+        older = [
+            session
+            for session in self._table.alive()
+            if session.pod in newest and session.incarnation < newest[session.pod]
+        ]
+        self._liveness.end([session.key for session in older], "superseded")
+        for session in older:
+            log.warning(
+                "session_superseded", pod=session.pod, incarnation=session.incarnation, by=newest[session.pod]
+            )
+        term = self._lead.term
+        await self._relay.commit(
+            [writes.activate(pod, incarnation, term) for pod, incarnation in keys]
+            + [writes.end_session(*session.key, "superseded", term) for session in older]
+        )
+        self._metrics.deaths.labels(reason="superseded").inc(len(older))
+        return [None] * len(keys)
+
+    async def _join_all(self, joining: Sequence[m.Join]) -> Sequence[Exception | None]:
+        term = self._lead.term
+        await self._relay.commit([writes.join(j.pod, j.incarnation, j.pools, term) for j in joining])
+        return [None] * len(joining)
+
+    async def _close_all(self, keys: Sequence[Key]) -> Sequence[Exception | None]:
+        await self._relay.commit([writes.end_session(*key, "closed", self._lead.term) for key in keys])
+        self._metrics.deaths.labels(reason="closed").inc(len(keys))
+        for pod, incarnation in keys:
+            log.info("session_closed", pod=pod, incarnation=incarnation)
+        return [None] * len(keys)
+
+    async def _acquire_all(self, pool: str, wanted: Sequence[_Wanted]) -> Sequence[list[Chunk] | Exception]:
+        """Insert chunks for all; numbers that another allocator took first are replaced by others."""
+        table, free = self._table.pools[pool], self._free[pool]
+        share = max(1, CHUNKS_PER_FLIGHT_MAX // len(wanted))
+        missing = [min(want.count, share) for want in wanted]
+        exhausted = False
+        for _ in range(ALLOCATION_ROUNDS_MAX):
+            numbers = free.take(sum(missing), table.chunks)
+            exhausted = len(numbers) < sum(missing)
+            inserts, takers = self._inserts(pool, wanted, missing, numbers)
+            if not inserts:
+                break
+            outcome = await self._insert(pool, inserts, numbers)
+            for i, taker in enumerate(takers):
+                missing[taker] -= i not in outcome.refused
+            if not outcome.refused:
+                break
+            self._metrics.conflicts.inc(len(outcome.refused))
+        return [
+            self._granted(table, want.owner, want.request_id) or _none(exhausted, pool) for want in wanted
+        ]
+
+    def _inserts(
+        self, pool: str, wanted: Sequence[_Wanted], missing: Sequence[int], numbers: Sequence[int]
+    ) -> tuple[list[writes.Insert], list[int]]:
+        """One insert per number, with the index of the request that gets it; everyone gets one first."""
+        turns = sorted((turn, i) for i, count in enumerate(missing) for turn in range(count))
+        takers = [i for _, i in turns][: len(numbers)]
+        inserts = [
+            writes.allocate(pool, n, wanted[i].owner, self._chance.token(), wanted[i].request_id)
+            for n, i in zip(numbers, takers, strict=False)
+        ]
+        return inserts, takers
+
+    async def _insert(
+        self, pool: str, inserts: Sequence[writes.Insert], numbers: Sequence[int]
+    ) -> writes.Outcome:
+        try:
+            return await self._relay.commit(inserts)
+        except Exception:
+            for n in numbers:  # if some were written after all, `take` skips them
+                self._free[pool].freed(n)
+            raise
+
+    async def _release_all(self, pool: str, lists: Sequence[list[Chunk]]) -> Sequence[Exception | None]:
+        await self._relay.commit([writes.release(pool, chunk) for chunks in lists for chunk in chunks])
+        return [None] * len(lists)
+
+    async def _scanned_all(self, pool: str, lists: Sequence[list[Chunk]]) -> Sequence[Exception | None]:
+        await self._relay.commit([writes.clear_mark(pool, chunk) for chunks in lists for chunk in chunks])
+        return [None] * len(lists)
+
+    # --- Who asks ---------------------------------------------------------------------------------
+
+    async def _living(self, pod: str, incarnation: int) -> Session:
+        """The session of a request, made live if this is its first one. Raises Refused: session_lost."""
+        session = self._session(pod, incarnation)
+        if session.state == OPENED:
+            await self._activations.board(session.key, session.key)
+            session = self._session(pod, incarnation)
+            if session.state != LIVE:
+                raise _unknown_outcome("activation")
+        return session
+
+    def _session(self, pod: str, incarnation: int) -> Session:
+        session = self._table.sessions.get((pod, incarnation))
+        if session is None:
+            raise _lost("unknown")
+        if session.state == DEAD:
+            raise _lost(session.reason)
+        if reason := self._liveness.ending(session.key):
+            raise _lost(reason)
+        return session
+
+    async def _member(self, pool: PoolTable, pod: str, incarnation: int) -> Session:
+        session = await self._living(pod, incarnation)
+        if pool.name not in session.pools:
+            raise Refused(
+                "not_joined", f"the session has not joined pool {pool.name}; send session.join first"
+            )
+        return session
+
+    def pool(self, name: str) -> PoolTable:
+        """The pool of a request. Raises Refused: unknown_pool."""
+        if name not in self._table.pools:
+            raise Refused("unknown_pool", "this domain has no such pool; `drsm pools` lists them")
+        return self._table.pools[name]
+
+    # --- Leases -----------------------------------------------------------------------------------
+
+    def _extend(self, key: Key) -> None:
+        """Start the liveness lease anew, before the answer that promises it leaves (rule R2)."""
+        until = self._clock() + self._leases.effective_liveness(len(self._liveness))
+        if not self._liveness.extend(key, until):
+            raise _lost(self._liveness.ending(key) or "expired")
+
+    def _liveness_ms(self) -> int:
+        return _ms(holder_duration(self._leases.effective_liveness(len(self._liveness))))
+
+    def _renew_period(self) -> float:
+        return renew_period(len(self._liveness))
+
+    def _new_session(self, request: m.Open) -> Session:
+        self._counter += 1
+        return Session(
+            pod=request.pod.name,
+            ip=request.pod.ip,
+            instance=request.pod.instance,
+            incarnation=self._lead.term << 32 | self._counter,
+            term=self._lead.term,
+            state=OPENED,
+            pools=tuple(dict.fromkeys(request.pools)),
+            request_id=request.request_id,
+            promised_ms=_ms(self._leases.allocation),
+        )
+
+    # --- Looking at the table -----------------------------------------------------------------------
+
+    def _defined(self, pools: Sequence[str]) -> tuple[Definition, ...]:
+        return tuple(self._definitions[pool] for pool in pools)
+
+    def _held(self, pool: str, key: Key) -> tuple[int, int]:
+        held = self._table.pools[pool].held.get(key)
+        return (len(held.numbers), held.checksum) if held else (0, 0)
+
+    def _granted(self, pool: PoolTable, owner: Owner, request_id: str) -> list[Chunk]:
+        numbers = pool.requests.get(request_id, ())
+        return [chunk for n in numbers if (chunk := pool.chunks[n]).owner == owner]
+
+    def _owned(self, pool: PoolTable, key: Key, listed: Sequence[tuple[int, str]]) -> list[Chunk]:
+        """Of the listed chunks those that the session owns by just that grant."""
+        return [
+            chunk
+            for n, grant in dict.fromkeys(listed)
+            if (chunk := pool.chunks.get(n)) and chunk.grant == grant and chunk.owner.key == key
+        ]
+
+    def _pod_state(self, pool: PoolTable, owner: Owner) -> m.PodState:
+        held = pool.held.get(owner.key)
+        numbers = held.numbers if held else {}
+        return m.PodState(
+            pod=owner_ref(owner),
+            state=owner_state(pool, owner),
+            chunks=len(numbers),
+            marked=sum(n in pool.marked for n in numbers) if pool.marked else 0,
+            use=self._use.get(owner.key, {}).get(pool.name, m.Use()),
+        )
+
+    def _pool_state(self, pool: PoolTable) -> m.PoolState:
+        definition = self._definitions[pool.name]
+        return m.PoolState(
+            definition=definition,
+            chunks=len(pool.chunks),
+            capacity=definition.capacity,
+            pods=len(pool.live),
+            orphans=sum(1 for _ in pool.orphans()),
+            marked=len(pool.marked),
+        )
+
+
+def _free_numbers(definition: Definition, pool: PoolTable) -> FreeNumbers:
+    ours = (n for n, chunk in pool.chunks.items() if chunk.drsm)
+    return FreeNumbers(definition.capacity, max(ours, default=-1))
+
+
+def _ms(seconds: float) -> int:
+    """Whole milliseconds, never more than there are: a holder must not count on the rest."""
+    return int(seconds * 1000)
+
+
+def _lost(reason: str) -> Refused:
+    return Refused(
+        "session_lost", f"this incarnation's session is over ({reason}); open a new one", reason=reason
+    )
+
+
+def _none(exhausted: bool, pool: str) -> Exception:
+    if exhausted:
+        return Refused("pool_exhausted", f"not one chunk of pool {pool} is free", retry=False)
+    return StoreUnavailable("other allocators took every number that was tried")
+
+
+def _unknown_outcome(what: str) -> StoreUnavailable:
+    return StoreUnavailable(f"the {what} was written but is not in the table")
+
+
+# From a subject to its code: `drsm.rpc.<verb>` and `drsm.rpc.pool.<pool>.<verb>`. (`snapshot` answers in
+# several messages and is called by `Endpoints` itself.)
+
+SESSION_HANDLERS: dict[str, tuple[type[Any], Callable[[Requests, Any], Awaitable[Any]]]] = {
+    "session.open": (m.Open, Requests.open),
+    "session.join": (m.Join, Requests.join),
+    "session.renew": (m.Renew, Requests.renew),
+    "session.report": (m.Report, Requests.report),
+    "session.chunks": (m.SessionRef, Requests.chunks),
+    "session.close": (m.SessionRef, Requests.close),
+    "pools": (m.Empty, Requests.pools),
+}
+POOL_HANDLERS: dict[str, tuple[type[Any], Callable[[Requests, PoolTable, Any], Awaitable[Any]]]] = {
+    "acquire": (m.Acquire, Requests.acquire),
+    "release": (m.ChunkList, Requests.release),
+    "scanned": (m.ChunkList, Requests.scanned),
+    "pods": (m.Empty, Requests.pods),
+    "owner": (m.OwnerQuery, Requests.owner),
+}

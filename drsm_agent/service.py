@@ -1,0 +1,153 @@
+"""The composition root: connects store and bus, runs one task group, starts and stops in order."""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import structlog
+
+from drsm_agent import http
+from drsm_agent.bus.nats_bus import NatsBus
+from drsm_agent.core.documents import Document
+from drsm_agent.errors import AgentError, Misconfigured
+from drsm_agent.feed import Feed
+from drsm_agent.leader import Leader, Parts
+from drsm_agent.metrics import Metrics
+from drsm_agent.ports import Chance, boottime
+from drsm_agent.settings import Settings
+from drsm_agent.store.mongo import MongoStore
+from drsm_agent.store.stored import ensure_stored
+from drsm_sdk.wire import codec
+from drsm_sdk.wire.subjects import Subjects
+
+CONNECT_TIMEOUT = 30.0
+"""How long the agent waits for NATS at start before it ends, and Kubernetes starts it again."""
+STALE_AFTER = 10.0
+"""A change stream says something every second, were it only that nothing happened."""
+
+log = structlog.get_logger("drsm_agent.service")
+
+
+class BusBroken(AgentError):
+    """NATS closed the connection for good; a new process begins with new credentials."""
+
+
+class Agent:
+    """One running agent. Use `running`."""
+
+    def __init__(self, settings: Settings, store: MongoStore, bus: NatsBus) -> None:
+        self.name = f"{settings.agent_id or socket.gethostname()}-{Chance().token()[:6]}"
+        self.metrics = Metrics()
+        self._bus = bus
+        chance = Chance()
+        self.feed = Feed(store, list(settings.definitions), boottime, chance, self.metrics)
+        self.leader = Leader(
+            self.name,
+            Parts(
+                store=store,
+                bus=bus,
+                feed=self.feed,
+                subjects=Subjects(settings.subject_prefix),
+                leases=settings.leases,
+                definitions=settings.definitions,
+                clock=boottime,
+                wall_clock=time.time,
+                chance=chance,
+                metrics=self.metrics,
+            ),
+        )
+        self.http_port = 0
+
+    async def run(self) -> None:
+        """Until cancelled. Whatever ends by itself ends the agent: no task dies silently."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.feed.run(), name="feed")
+            tasks.create_task(self.leader.run(), name="leader")
+            tasks.create_task(self._end_with_bus(), name="bus")
+
+    def unready(self) -> list[str]:
+        """What keeps this agent from being ready; empty when it is."""
+        reasons = []
+        if not self._bus.connected:
+            reasons.append("NATS is not connected")
+        if self.feed.current is None:
+            reasons.append("the table is not read yet")
+        elif (staleness := self.feed.staleness()) > STALE_AFTER:
+            reasons.append(f"the change stream has been silent for {staleness:.0f} s")
+        self.metrics.stream_staleness.set(self.feed.staleness())
+        self.metrics.bus_reconnects.set(self._bus.reconnects)
+        self.metrics.bus_errors.set(self._bus.errors)
+        return reasons
+
+    async def _end_with_bus(self) -> None:
+        raise BusBroken(f"NATS closed the connection for good: {await self._bus.broken()}")
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Agent]:
+    """An agent that runs until the block is left. Raises Misconfigured, StoreUnavailable at start; if it
+    ends by itself inside of the block, the block is cancelled and the reason raised."""
+    async with AsyncExitStack() as stack:
+        url = settings.mongo_url.get_secret_value()
+        store = await stack.enter_async_context(MongoStore(url, settings.mongo_database, settings.databases))
+        await store.check()
+        await ensure_stored(store, stored_settings(settings))
+        bus = await NatsBus.connect(
+            settings.nats_url, name="drsm-agent", timeout=CONNECT_TIMEOUT, **nats_options(settings)
+        )
+        stack.push_async_callback(bus.close)
+        agent = Agent(settings, store, bus)
+        if settings.http_port:
+            agent.http_port = await stack.enter_async_context(
+                http.serving(settings.http_host, settings.http_port, agent.metrics, agent.unready)
+            )
+        async with asyncio.TaskGroup() as tasks:
+            task = tasks.create_task(agent.run(), name="agent")
+            try:
+                yield agent
+            finally:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([task])
+
+
+def stored_settings(settings: Settings) -> list[Document]:
+    """What all agents of a domain must agree on, as it is stored."""
+    leases = settings.leases
+    durations = {
+        "_id": "settings",
+        "liveness_ms": round(leases.liveness * 1000),
+        "allocation_ms": round(leases.allocation * 1000),
+        "leader_ms": round(leases.leader * 1000),
+        "revision": settings.settings_revision,
+    }
+    definitions = settings.definitions.items()
+    return [durations, *({"_id": f"pool:{name}"} | codec.to_map(pool) for name, pool in definitions)]
+
+
+def nats_options(settings: Settings) -> dict[str, Any]:
+    """Credentials and TLS for the NATS client."""
+    options: dict[str, Any] = {
+        "user_credentials": str(settings.nats_credentials) if settings.nats_credentials else None,
+        "user": settings.nats_user or None,
+        "password": settings.nats_password.get_secret_value() or None,
+        "token": settings.nats_token.get_secret_value() or None,
+    }
+    if settings.nats_tls_ca or settings.nats_tls_certificate:
+        options["tls"] = _tls(settings)
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _tls(settings: Settings) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=settings.nats_tls_ca)
+        if settings.nats_tls_certificate:
+            context.load_cert_chain(settings.nats_tls_certificate, settings.nats_tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise Misconfigured(f"DRSM_NATS_TLS_*: cannot load the certificates: {error}") from None
+    return context

@@ -1,0 +1,160 @@
+"""The agent's settings: environment variables with the prefix `DRSM_`, or a TOML file named by `DRSM_CONFIG`.
+
+The only reader of the environment. Every value is checked at start; a mistake is one message that
+names the setting, what was expected and what was found.
+"""
+
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import AliasChoices, BaseModel, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from drsm_agent.core.lease import Leases, check_usage_lag
+from drsm_agent.errors import Misconfigured
+from drsm_sdk.wire.definition import Definition
+from drsm_sdk.wire.subjects import Subjects
+
+PREFIX = "DRSM_"
+CONFIG_VARIABLE = "DRSM_CONFIG"
+POOLS_MAX = 256
+
+
+class PoolSettings(BaseModel):
+    """One pool: the fields of its definition, and the database that holds its collection."""
+
+    model_config = {"extra": "forbid", "frozen": True}
+
+    name: str
+    kind: str = "integer"
+    bits: int = 24
+    block_bits: int = 10
+    slots: int = 0
+    reserved: list[tuple[int, int]] = []
+    usage_lag_ms: int = Field(10_000, ge=0)
+    quarantine_ms: int = Field(0, ge=0)
+    unscanned: str = "keep"
+    revision: int = 1
+    database: str = ""
+
+    @model_validator(mode="after")
+    def _is_a_definition(self) -> "PoolSettings":
+        self.definition  # noqa: B018  # raises ValueError that names the field and the rule
+        return self
+
+    @property
+    def definition(self) -> Definition:
+        fields = self.model_dump(exclude={"database", "reserved"})
+        return Definition(**fields, reserved=tuple(self.reserved))
+
+
+class Settings(BaseSettings):
+    """All settings of an agent. Durations are seconds unless their name ends in `_ms`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+    toml_file: ClassVar[str | None] = None
+
+    nats_url: str = "nats://127.0.0.1:4222"
+    """One or more NATS servers, separated by commas."""
+    mongo_url: SecretStr = SecretStr("mongodb://127.0.0.1:27017/?replicaSet=rs0")
+    """A replica set; a standalone mongod has no change streams and is refused."""
+    mongo_database: str = "sdcore"
+    subject_prefix: str = "drsm"
+    pools: list[PoolSettings] = Field(default=[], min_length=1, max_length=POOLS_MAX)
+
+    liveness_ttl: float = 3.0
+    """`L`: without a renewal for so long a pod may be declared dead."""
+    allocation_ttl: float = 300.0
+    """`A`: a pod cut off goes on issuing for so long."""
+    leader_ttl: float = 3.0
+    """`T`: a standby takes over a leader that was silent for so long."""
+    settings_revision: int = Field(1, ge=1)
+    """Raise it to change a stored `L`, `A` or `T`."""
+
+    agent_id: str = Field("", validation_alias=AliasChoices("DRSM_AGENT_ID", "HOSTNAME", "agent_id"))
+    http_host: str = "0.0.0.0"  # noqa: S104  # probes come from the node, not from the pod
+    http_port: int = Field(8080, ge=0, le=65535)
+    """`/livez`, `/readyz`, `/metrics`; 0 serves none."""
+    log_format: Literal["console", "json"] = "console"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    nats_credentials: Path | None = None
+    """A `.creds` file (JWT and seed)."""
+    nats_user: str = ""
+    nats_password: SecretStr = SecretStr("")
+    nats_token: SecretStr = SecretStr("")
+    nats_tls_ca: Path | None = None
+    nats_tls_certificate: Path | None = None
+    nats_tls_key: Path | None = None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        toml = TomlConfigSettingsSource(settings_cls, os.environ.get(CONFIG_VARIABLE))
+        return init_settings, env_settings, toml
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> "Settings":
+        leases = self.leases
+        Subjects(self.subject_prefix)
+        names = [pool.name for pool in self.pools]
+        if doubles := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"pools: each name once, found twice: {', '.join(doubles)}")
+        for pool in self.pools:
+            check_usage_lag(pool.name, pool.usage_lag_ms / 1000, leases.allocation)
+        return self
+
+    @property
+    def leases(self) -> Leases:
+        return Leases(liveness=self.liveness_ttl, allocation=self.allocation_ttl, leader=self.leader_ttl)
+
+    @cached_property
+    def definitions(self) -> dict[str, Definition]:
+        return {pool.name: pool.definition for pool in self.pools}
+
+    @property
+    def databases(self) -> dict[str, str]:
+        """The database of each pool's collection."""
+        return {pool.name: pool.database or self.mongo_database for pool in self.pools}
+
+
+def load(**overrides: Any) -> Settings:
+    """The settings from the environment. Raises Misconfigured with one line per mistake."""
+    config = os.environ.get(CONFIG_VARIABLE)
+    if config and not Path(config).is_file():
+        raise Misconfigured(f"{CONFIG_VARIABLE}: expected a TOML file, found none at {config}")
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        raise Misconfigured("\n".join(_mistake(entry) for entry in error.errors())) from None
+    except (ValueError, OSError) as error:  # a variable that is not JSON, a file that is not TOML
+        raise Misconfigured(str(error)) from None
+
+
+def _mistake(entry: Any) -> str:
+    """One mistake as a person reads it: the variable, the rule, what was found."""
+    message = entry["msg"].removeprefix("Value error, ")
+    if not entry["loc"]:
+        return str(message)
+    first, *rest = entry["loc"]
+    name = first if str(first).startswith(PREFIX) else f"{PREFIX}{str(first).upper()}"
+    where = name + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
+    if entry["type"] == "too_short" and name == "DRSM_POOLS":
+        return 'DRSM_POOLS: expected at least one pool, for example [{"name": "amfid", "bits": 24}]'
+    if entry["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where}: {message}, found {json.dumps(entry.get('input'), default=str)[:80]}"
