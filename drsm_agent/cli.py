@@ -7,10 +7,13 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from functools import partial
+from typing import Annotated
 
 import structlog
 import typer
+from rich.console import Console
 
 from drsm_agent import logs, settings
 from drsm_agent.errors import AgentError, Misconfigured
@@ -28,6 +31,23 @@ def run() -> None:
     _finish(_run)
 
 
+@app.command()
+def dev(
+    pool: Annotated[list[str] | None, typer.Option(help="Pool of 24-bit ids, repeatable.")] = None,
+    members: Annotated[int, typer.Option(help="Members of the MongoDB replica set: 1 or 3.")] = 1,
+    mongo_port: Annotated[int, typer.Option(help="Port of the first MongoDB member; 0: a free one.")] = 0,
+    nats_port: Annotated[int, typer.Option(help="Port of NATS; 0: a free one.")] = 0,
+) -> None:
+    """Run a real MongoDB replica set, a real nats-server and an agent, until Ctrl-C. Nothing stays."""
+    _finish(partial(_dev, pool or ["amfid"], members, mongo_port or None, nats_port or None))
+
+
+@app.command()
+def demo() -> None:
+    """Show the story in this terminal: allocate, kill, claim, scan, restart. 0 if all was seen."""
+    _finish(_demo)
+
+
 def main() -> None:
     """The command `drsm-agent`."""
     app()
@@ -40,8 +60,48 @@ async def _run() -> None:
     with _signals(stop):
         async with running(configured) as agent:
             log.info("running", agent=agent.name, http_port=agent.http_port)
-            await stop.wait()
-            log.info("stopping", reason="signal")
+            await _first(stop.wait(), agent.ended())
+            log.info("stopping", reason="signal" if stop.is_set() else "fault")
+
+
+async def _dev(pools: list[str], members: int, mongo_port: int | None, nats_port: int | None) -> None:
+    from drsm_agent.embedded import Stack  # noqa: PLC0415  # only with the extra `embedded`
+
+    logs.configure("console", "info")
+    stop = asyncio.Event()
+    with _signals(stop):
+        async with Stack(mongo_members=members, mongo_port=mongo_port, nats_port=nats_port) as stack:
+            configured = settings.load(
+                nats_url=stack.nats_url,
+                mongo_url=stack.mongo_url,
+                pools=[{"name": name} for name in pools],
+                http_port=0,
+            )
+            async with running(configured) as agent:
+                await _first(agent.leader.leading.wait(), agent.ended())
+                print(
+                    f"MongoDB  {stack.mongo_url}\nNATS     {stack.nats_url}\nready; Ctrl-C stops all",
+                    flush=True,
+                )
+                await _first(stop.wait(), agent.ended())
+
+
+async def _demo() -> None:
+    from drsm_agent.demo.story import demonstrate  # noqa: PLC0415  # only with the extra `embedded`
+
+    logs.configure("console", "error")
+    if not await demonstrate(Console()):
+        raise SystemExit(FAULT)
+
+
+async def _first(*waits: Coroutine[object, object, object]) -> None:
+    """Return when the first of them does; the others are cancelled."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _finish(work: Callable[[], Awaitable[None]]) -> None:

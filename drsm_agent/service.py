@@ -1,7 +1,6 @@
 """The composition root: connects store and bus, runs one task group, starts and stops in order."""
 
 import asyncio
-import contextlib
 import socket
 import ssl
 import time
@@ -62,6 +61,12 @@ class Agent:
             ),
         )
         self.http_port = 0
+        self.task: asyncio.Task[None] | None = None
+
+    async def ended(self) -> None:
+        """Returns when the agent has ended by itself, which it never should."""
+        if self.task:
+            await asyncio.wait([self.task])
 
     async def run(self) -> None:
         """Until cancelled. Whatever ends by itself ends the agent: no task dies silently."""
@@ -90,8 +95,8 @@ class Agent:
 
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Agent]:
-    """An agent that runs until the block is left. Raises Misconfigured, StoreUnavailable at start; if it
-    ends by itself inside of the block, the block is cancelled and the reason raised."""
+    """An agent that runs until the block is left. Raises Misconfigured, StoreUnavailable at start, and at
+    the end what ended the agent by itself; `agent.ended` tells at once."""
     async with AsyncExitStack() as stack:
         url = settings.mongo_url.get_secret_value()
         store = await stack.enter_async_context(MongoStore(url, settings.mongo_database, settings.databases))
@@ -106,14 +111,14 @@ async def running(settings: Settings) -> AsyncIterator[Agent]:
             agent.http_port = await stack.enter_async_context(
                 http.serving(settings.http_host, settings.http_port, agent.metrics, agent.unready)
             )
-        async with asyncio.TaskGroup() as tasks:
-            task = tasks.create_task(agent.run(), name="agent")
-            try:
-                yield agent
-            finally:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([task])
+        agent.task = asyncio.create_task(agent.run(), name="agent")
+        try:
+            yield agent
+        finally:
+            agent.task.cancel()
+            await asyncio.wait([agent.task])
+        if not agent.task.cancelled():
+            agent.task.result()
 
 
 def stored_settings(settings: Settings) -> list[Document]:

@@ -15,6 +15,7 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -26,6 +27,7 @@ from drsm_sdk.wire.subjects import Subjects
 PREFIX = "DRSM_"
 CONFIG_VARIABLE = "DRSM_CONFIG"
 POOLS_MAX = 256
+POOLS_EXAMPLE = '[{"name": "amfid", "bits": 24}]'
 
 
 class PoolSettings(BaseModel):
@@ -141,8 +143,10 @@ def load(**overrides: Any) -> Settings:
         return Settings(**overrides)
     except ValidationError as error:
         raise Misconfigured("\n".join(_mistake(entry) for entry in error.errors())) from None
-    except (ValueError, OSError) as error:  # a variable that is not JSON, a file that is not TOML
-        raise Misconfigured(str(error)) from None
+    except SettingsError:
+        raise Misconfigured(f"DRSM_POOLS: expected JSON, for example {POOLS_EXAMPLE}") from None
+    except (ValueError, OSError) as error:
+        raise Misconfigured(f"{CONFIG_VARIABLE}: expected a TOML file at {config}: {error}") from None
 
 
 def _mistake(entry: Any) -> str:
@@ -154,7 +158,7 @@ def _mistake(entry: Any) -> str:
     name = first if str(first).startswith(PREFIX) else f"{PREFIX}{str(first).upper()}"
     where = name + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
     if entry["type"] == "too_short" and name == "DRSM_POOLS":
-        return 'DRSM_POOLS: expected at least one pool, for example [{"name": "amfid", "bits": 24}]'
+        return f"DRSM_POOLS: expected at least one pool, for example {POOLS_EXAMPLE}"
     if entry["type"] == "value_error":
         return f"{where}: {message}"
     return f"{where}: {message}, found {json.dumps(entry.get('input'), default=str)[:80]}"

@@ -1,0 +1,1 @@
+"""The story in one terminal: real servers, real pods as processes, a real SIGKILL."""

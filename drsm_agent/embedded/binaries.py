@@ -61,5 +61,7 @@ def _check_loads(mongod: Path) -> None:
     if ran.returncode == 0:
         return
     found = ran.stderr.strip() or f"exit code {ran.returncode} and no message"
-    hint = "Install it with: apt-get install libcurl4" if "libcurl.so.4" in found else "Is it for this system?"
+    hint = (
+        "Install it with: apt-get install libcurl4" if "libcurl.so.4" in found else "Is it for this system?"
+    )
     raise BinaryBroken(f"{mongod} does not run: {found}. {hint}")

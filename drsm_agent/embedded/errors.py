@@ -1,10 +1,10 @@
 """What can go wrong with embedded servers.
 
-    EmbeddedError
-    ├── BinaryMissing    no mongod or nats-server was found
-    ├── BinaryBroken     it was found but does not run
-    └── ServerFailed     it ran but did not become ready
-        └── PortTaken    somebody else listens on its port
+EmbeddedError
+├── BinaryMissing    no mongod or nats-server was found
+├── BinaryBroken     it was found but does not run
+└── ServerFailed     it ran but did not become ready
+    └── PortTaken    somebody else listens on its port
 """
 
 

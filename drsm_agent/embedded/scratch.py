@@ -8,10 +8,11 @@ import asyncio
 import os
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 from drsm_agent.embedded import undertaker
 from drsm_agent.embedded.errors import EmbeddedError
@@ -25,28 +26,37 @@ class Scratch:
     After an exception the logs are kept, and a note on the exception says where.
     """
 
+    path: Path
+    """The directory; logs lie in it, everything else in `data` below it."""
+
+    data: Path
+
     def __init__(self) -> None:
         self._children: list[asyncio.subprocess.Process] = []
-        self._names: set[str] = set()
+        self._names: Counter[str] = Counter()
 
     async def __aenter__(self) -> Self:
-        self._undertaker = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-S", undertaker.__file__, stdin=PIPE, stdout=PIPE, start_new_session=True
-        )
-        self.path = await self._told_path()
-        self.data = self.path / "data"
-        self.data.mkdir()
+        self._undertaker = await _start_undertaker()
+        try:
+            self.path = await self._told_path()
+            self.data = self.path / "data"
+            self.data.mkdir()
+        except BaseException:
+            self._lifeline.close()
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         failed = isinstance(error, Exception)  # cancellation and Ctrl-C are no failures
-        if failed and error is not None:
-            error.add_note(f"The servers' logs are kept in {self.path}")
         await self._close(keep=failed)
+        if error is not None and failed:
+            error.add_note(f"The servers' logs are kept in {self.path}")
 
-    async def spawn(self, argv: Sequence[str], log: Path) -> asyncio.subprocess.Process:
+    async def spawn(
+        self, argv: Sequence[str], log: Path, environment: Mapping[str, str]
+    ) -> asyncio.subprocess.Process:
         """Start a marked process in a session of its own, so that a terminal's Ctrl-C does not reach it."""
         with log.open("ab") as output:
             child = await asyncio.create_subprocess_exec(
@@ -54,39 +64,54 @@ class Scratch:
                 stdin=DEVNULL,
                 stdout=output,
                 stderr=STDOUT,
-                cwd=self.path,
-                env={**os.environ, undertaker.MARK: str(self.path)},
+                env={**os.environ, **environment, undertaker.MARK: str(self.path)},
                 start_new_session=True,
             )
         self._children.append(child)
         return child
 
-    def unique(self, name: str) -> str:
-        """The name itself, or with a number when this scratch has seen it: logs and data are not mixed."""
-        number, free = 1, name
-        while free in self._names:
-            number, free = number + 1, f"{name}-{number + 1}"
-        self._names.add(free)
-        return free
+    def home(self, name: str) -> Path:
+        """A new directory of this name, or with a number when there is one: two of a kind are never mixed."""
+        self._names[name] += 1
+        home = self.data / (name if self._names[name] == 1 else f"{name}-{self._names[name]}")
+        home.mkdir()
+        return home
+
+    @property
+    def _lifeline(self) -> asyncio.StreamWriter:
+        """What the undertaker waits for the end of."""
+        return cast("asyncio.StreamWriter", self._undertaker.stdin)
 
     async def _told_path(self) -> Path:
-        stdout = self._undertaker.stdout
-        assert stdout is not None  # noqa: S101 - opened as a pipe above
+        stdout = cast("asyncio.StreamReader", self._undertaker.stdout)
         async with asyncio.timeout(UNDERTAKER_SECONDS):
             line = await stdout.readline()
         if not line:
             code = await self._undertaker.wait()
-            raise EmbeddedError(f"No temporary directory: its keeper ended with code {code}, see its message above")
+            raise EmbeddedError(
+                f"Expected the path of a new temporary directory, but {undertaker.__file__} ended with "
+                f"code {code}. Its message is above; is the place for temporary files (TMPDIR) writable?"
+            )
         return Path(os.fsdecode(line.removesuffix(b"\n")))
 
     async def _close(self, *, keep: bool) -> None:
-        """Tell the undertaker to begin, which is done in one step, and wait until it and all children are gone."""
-        stdin = self._undertaker.stdin
-        assert stdin is not None  # noqa: S101 - opened as a pipe above
+        """Begin the cleaning, which takes no await and so cannot be interrupted; then wait for its end."""
         if keep:
-            stdin.write(undertaker.KEEP)
-        stdin.close()
+            self._lifeline.write(undertaker.KEEP)
+        self._lifeline.close()
         if await self._undertaker.wait() != 0:  # it was killed: do its work
             await asyncio.to_thread(undertaker.bury, self.path, keep=keep)
         for child in self._children:
             await child.wait()
+
+
+async def _start_undertaker() -> asyncio.subprocess.Process:
+    """Start it without a mark: a scratch within a marked process must outlive that one's burial."""
+    unmarked = {name: value for name, value in os.environ.items() if name != undertaker.MARK}
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-I", "-S", undertaker.__file__),
+        stdin=PIPE,
+        stdout=PIPE,
+        env=unmarked,
+        start_new_session=True,
+    )

@@ -33,7 +33,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     directory = Path(tempfile.mkdtemp(prefix="drsm-"))
     try:
-        print(directory, flush=True)
+        os.write(sys.stdout.fileno(), os.fsencode(directory) + b"\n")
         keep = KEEP in sys.stdin.buffer.read()
     except BrokenPipeError:  # the parent died before it knew the path
         keep = False
@@ -43,8 +43,11 @@ def main() -> None:
 def bury(directory: Path, *, keep: bool) -> None:
     """Kill all processes marked with the directory; remove it, or only its `data` to keep the logs."""
     deadline = time.monotonic() + KILL_SECONDS
-    while kill_marked(directory) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    clean_rounds = 0
+    # Twice: in the midst of its exec a newborn has let go of the pipe but shows no environment yet.
+    while clean_rounds < 2 and time.monotonic() < deadline:
+        clean_rounds = 0 if kill_marked(directory) else clean_rounds + 1
+        time.sleep(0.02)
     shutil.rmtree(directory / "data" if keep else directory, ignore_errors=True)
 
 

@@ -1,0 +1,190 @@
+"""The store on MongoDB, through Motor.
+
+Everything is written with majority and journal and read as a majority has it, from the primary. Every
+operation is bounded: `timeout` covers finding a primary, the connection, the answer and the driver's
+own retries together.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Self
+
+import pymongo
+from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorCollection
+from pymongo import DeleteOne, InsertOne, UpdateMany, UpdateOne
+from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
+from pymongo.server_description import ServerDescription
+
+from drsm_agent.core.documents import Document
+from drsm_agent.core.table import STAMPS
+from drsm_agent.core.writes import Delete, Insert, Outcome, Update, Write
+from drsm_agent.errors import Misconfigured
+from drsm_agent.ports import Batch, Snapshot
+from drsm_agent.store import check
+from drsm_agent.store.change_stream import ChangeStream, cluster_time, start_at, timestamp
+from drsm_agent.store.cursor import OPTIONS, plain, raw_cursor
+from drsm_agent.store.faults import answering
+from drsm_agent.store.spaces import FOLLOWED, UNFOLLOWED, space_of
+
+APP_NAME = "drsm-agent"
+OPERATION_SECONDS = 5.0  # longer than a planned election, shorter than a pod's patience with a request
+CONNECTIONS = 10  # Motor's threads are no more on two cores; one of them is the change stream's
+READ_BATCH = 2000  # documents: a batch keeps the event loop for some 20 ms
+SNAPSHOT_ATTEMPTS = 5  # a collection made since the snapshot's time cannot be read at it, only at a later one
+DUPLICATE_KEY, SNAPSHOT_UNAVAILABLE = 11000, 246
+
+_Operation = InsertOne[Document] | UpdateOne | UpdateMany | DeleteOne
+
+
+class MongoStore:
+    """The `Store` port. `pools` names each pool's database; `options` are the driver's (TLS, credentials)."""
+
+    def __init__(
+        self,
+        url: str,
+        database: str,
+        pools: Mapping[str, str],
+        *,
+        timeout: float = OPERATION_SECONDS,
+        **options: Any,
+    ) -> None:
+        self._timeout = timeout
+        self._hosts = check.hosts_of(url)
+        try:
+            self._client: AsyncIOMotorClient[Document] = AsyncIOMotorClient(
+                url, **{**options, **_client_options(timeout)}
+            )
+        except (PyMongoError, OSError, ValueError, TypeError) as error:
+            raise Misconfigured(check.malformed(url, error)) from error
+        followed = dict.fromkeys(FOLLOWED, database) | dict(pools)
+        self._followed = tuple(followed)
+        self._databases = dict.fromkeys(UNFOLLOWED, database) | followed
+        names = {(name, space): space for space, name in followed.items()}
+        self._stream = ChangeStream(self._client, database, names, timeout)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def check(self) -> None:
+        """Raise Misconfigured unless this MongoDB can do, and lets us do, what the agent needs of it."""
+        await check.check_deployment(self._client, self._hosts)
+        with check.permitted(self._hosts):
+            for space in self._databases:
+                await self.write([Delete(space, {"_id": check.NO_SUCH_ID})])
+            async with aclosing(self.changes(after=await self._snapshot_time())) as batches:
+                await anext(batches)
+
+    async def write(self, writes: Sequence[Write]) -> Outcome:
+        if not writes:
+            return Outcome(changed=0)
+        space = space_of(writes, self._databases)
+        operations = [_operation(write) for write in writes]
+        with answering(f"{len(writes)} writes to {space}"), pymongo.timeout(self._timeout):
+            try:
+                result = await self._collection(space).bulk_write(operations, ordered=False)
+            except BulkWriteError as error:
+                return _partly(error)
+        return _outcome(result.bulk_api_result)
+
+    async def read(self, space: str) -> list[Document]:
+        with answering(f"a read of {space}"), pymongo.timeout(self._timeout):
+            documents = await self._collection(space).find().to_list(None)
+        return [plain(document) for document in documents]
+
+    async def snapshot(self) -> Snapshot:
+        with answering("a snapshot"):
+            for _ in range(SNAPSHOT_ATTEMPTS - 1):
+                try:
+                    return await self._snapshot()
+                except OperationFailure as error:
+                    if error.code != SNAPSHOT_UNAVAILABLE:
+                        raise
+            return await self._snapshot()
+
+    def changes(self, *, after: int | None = None, token: str | None = None) -> AsyncGenerator[Batch, None]:
+        return self._stream.batches(start_at(after, token))
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._client.close)  # it tells the server and waits for that
+
+    def _collection(self, space: str) -> AsyncIOMotorCollection[Document]:
+        return self._client[self._databases[space]].get_collection(space, codec_options=OPTIONS)
+
+    async def _snapshot(self) -> Snapshot:
+        at = await self._snapshot_time()
+        return Snapshot(at, {space: await self._read_at(at, space) for space in self._followed})
+
+    async def _snapshot_time(self) -> int:
+        """A cluster time that a majority has; all collections are then read at it."""
+        command = {"find": STAMPS, "limit": 1, "readConcern": {"level": "snapshot"}}
+        async with raw_cursor(self._client[self._databases[STAMPS]], command, self._timeout) as cursor:
+            return cluster_time(cursor.at)
+
+    async def _read_at(self, at: int, space: str) -> list[Document]:
+        concern = {"level": "snapshot", "atClusterTime": timestamp(at)}
+        command = {"find": space, "batchSize": READ_BATCH, "readConcern": concern}
+        async with raw_cursor(self._client[self._databases[space]], command, self._timeout) as cursor:
+            documents = [plain(document) for document in cursor.batch]
+            while cursor.alive:
+                await cursor.more(READ_BATCH)
+                documents += [plain(document) for document in cursor.batch]
+        return documents
+
+
+def _client_options(timeout: float) -> Document:
+    """Above anything that the URL says: the guarantees rest on them."""
+    milliseconds = int(timeout * 1000)
+    return {
+        "appname": APP_NAME,
+        "w": "majority",
+        "journal": True,
+        "readConcernLevel": "majority",
+        "readPreference": "primary",
+        "retryWrites": True,
+        "retryReads": True,
+        "maxPoolSize": CONNECTIONS,
+        "serverSelectionTimeoutMS": milliseconds,
+        "connectTimeoutMS": milliseconds,
+        "socketTimeoutMS": milliseconds,
+        "waitQueueTimeoutMS": milliseconds,
+        "timeoutMS": 0,  # set per operation: see cursor.py
+        "server_selector": one_router,
+    }
+
+
+def one_router(servers: list[ServerDescription]) -> list[ServerDescription]:
+    """Of several mongos always the same: a cursor lives in the one that opened it, and the commands of
+    `cursor.py` do not say to which they belong."""
+    routers = [server for server in servers if server.server_type_name == "Mongos"]
+    return [min(routers, key=lambda server: server.address)] if routers else servers
+
+
+def _operation(write: Write) -> _Operation:
+    match write:
+        case Insert():
+            return InsertOne(write.document)
+        case Delete():
+            return DeleteOne(write.where)
+        case Update():
+            operators = {"$set": write.set, "$addToSet": write.add_to_set, "$inc": write.inc}
+            update = {operator: fields for operator, fields in operators.items() if fields}
+            return UpdateMany(write.where, update) if write.many else UpdateOne(write.where, update)
+
+
+def _partly(error: BulkWriteError) -> Outcome:
+    """The outcome when nothing but taken `_id`s went wrong; otherwise it is unknown."""
+    details = error.details
+    faults = [fault for fault in details["writeErrors"] if fault["code"] != DUPLICATE_KEY]
+    faults += details["writeConcernErrors"]
+    if faults:
+        raise PyMongoError(f"{len(faults)} faults, the first: {faults[0].get('errmsg')}") from error
+    return _outcome(details)
+
+
+def _outcome(result: Mapping[str, Any]) -> Outcome:
+    changed = result["nInserted"] + result["nModified"] + result["nRemoved"]
+    return Outcome(changed, frozenset(fault["index"] for fault in result["writeErrors"]))

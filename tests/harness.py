@@ -1,0 +1,180 @@
+"""What the tests of the running whole share: an agent beside the real servers, and a bare requester.
+
+Agents run in the test's own process unless a test is about processes; servers never do.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import nats
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from drsm_agent import settings
+from drsm_agent.service import Agent, running
+from drsm_sdk.wire import codec
+from drsm_sdk.wire import messages as m
+from drsm_sdk.wire.subjects import Subjects
+
+T = TypeVar("T")
+POOL = "amfid"
+SEEN_SECONDS = 20.0
+"""How long a test waits for what must happen; a bound against hanging, not a measurement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """A test's own domain on the shared servers: its database and its subject prefix."""
+
+    mongo_url: str
+    nats_url: str
+    database: str
+    prefix: str
+
+    def settings(self, **overrides: Any) -> settings.Settings:
+        """Settings of an agent: one pool `amfid`, and no HTTP port unless asked for."""
+        given: dict[str, Any] = {
+            "mongo_url": self.mongo_url,
+            "nats_url": self.nats_url,
+            "mongo_database": self.database,
+            "subject_prefix": self.prefix,
+            "pools": [{"name": POOL}],
+            "http_port": 0,
+        }
+        return settings.load(**(given | overrides))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The same as variables, for an agent as a process of its own."""
+        return {
+            "DRSM_MONGO_URL": self.mongo_url,
+            "DRSM_NATS_URL": self.nats_url,
+            "DRSM_MONGO_DATABASE": self.database,
+            "DRSM_SUBJECT_PREFIX": self.prefix,
+            "DRSM_POOLS": f'[{{"name": "{POOL}"}}]',
+            "DRSM_HTTP_PORT": "0",
+        }
+
+    def agent(self, **overrides: Any) -> AbstractAsyncContextManager[Agent]:
+        """An agent that leads and serves."""
+        return leading(self.settings(**overrides))
+
+    @asynccontextmanager
+    async def served(self, **overrides: Any) -> AsyncIterator["Requester"]:
+        """A requester that has recorded every event since before the agent began to lead."""
+        async with requester(self.nats_url, self.prefix) as asking, self.agent(**overrides):
+            yield asking
+
+
+@asynccontextmanager
+async def leading(configured: settings.Settings) -> AsyncIterator[Agent]:
+    """An agent that leads and serves."""
+    async with running(configured) as agent:
+        await within(agent.leader.leading.wait())
+        yield agent
+
+
+async def within(awaitable: Any, seconds: float = SEEN_SECONDS) -> Any:
+    """The awaited value, or a failed test."""
+    async with asyncio.timeout(seconds):
+        return await awaitable
+
+
+class Requester:
+    """Bare requests and a record of every event, as another language's client would see them."""
+
+    def __init__(self, client: Client, subjects: Subjects) -> None:
+        self.client, self.subjects = client, subjects
+        self.events: list[tuple[m.EventHead, m.EventBody]] = []
+        self.raw: list[Msg] = []
+        self._news = asyncio.Event()
+
+    async def ask(self, subject: str, message: Any, kind: type[T], timeout: float = 5.0) -> T:
+        """The answer as a message of `kind`; raises Failed for an error answer."""
+        reply = await self.client.request(subject, codec.encode(codec.to_map(message)), timeout=timeout)
+        if reply.headers and m.ERROR_HEADER in reply.headers:
+            raise Failed(codec.unpack(m.Failure, reply.data), reply)
+        return codec.unpack(kind, reply.data)
+
+    async def open(self, name: str, *, request_id: str = "", pools: tuple[str, ...] = (POOL,)) -> m.Opened:
+        request = m.Open(m.PodRef(name, "10.0.0.1", "i"), pools, request_id or f"open-{name}")
+        return await self.ask(self.subjects.session("open"), request, m.Opened)
+
+    async def renew(self, name: str, incarnation: int) -> m.Renewed:
+        return await self.ask(self.subjects.session("renew"), m.Renew(name, incarnation), m.Renewed)
+
+    async def acquire(
+        self, name: str, incarnation: int, count: int = 1, request_id: str = "a", pool: str = POOL
+    ) -> m.Acquired:
+        request = m.Acquire(name, incarnation, count, request_id)
+        return await self.ask(self.subjects.pool(pool, "acquire"), request, m.Acquired)
+
+    async def snapshot(self, pool: str = POOL) -> list[m.SnapshotPage]:
+        """All pages of a snapshot, the empty message at its end awaited."""
+        inbox = self.client.new_inbox()
+        subscription = await self.client.subscribe(inbox)
+        await self.client.publish(self.subjects.pool(pool, "snapshot"), b"", reply=inbox)
+        pages = []
+        while data := (await subscription.next_msg(timeout=5.0)).data:
+            pages.append(codec.unpack(m.SnapshotPage, data))
+        await subscription.unsubscribe()
+        return pages
+
+    async def seen(self, found: Callable[[], T | bool | None]) -> T:
+        """Wait until `found` says so, looking again at every event."""
+        async with asyncio.timeout(SEEN_SECONDS):
+            while not (value := found()):
+                self._news.clear()
+                await self._news.wait()
+        return value  # type: ignore[return-value]
+
+    def of(self, kind: type[T]) -> list[T]:
+        return [body for _, body in self.events if isinstance(body, kind)]
+
+    async def note(self, message: Msg) -> None:
+        head = codec.unpack(m.EventHead, message.data)
+        kind = m.EVENT_KINDS[self.subjects.event_verb(message.subject)]
+        self.events.append((head, codec.unpack(kind, message.data)))
+        self.raw.append(message)
+        self._news.set()
+
+
+class Failed(Exception):
+    """An error answer."""
+
+    def __init__(self, failure: m.Failure, reply: Msg) -> None:
+        super().__init__(f"{failure.error}: {failure.message}")
+        self.failure, self.reply = failure, reply
+
+
+@asynccontextmanager
+async def requester(nats_url: str, prefix: str, pool: str = POOL) -> AsyncIterator[Requester]:
+    """A connected requester that records all events of one pool."""
+    client = await nats.connect(nats_url)
+    try:
+        asking = Requester(client, Subjects(prefix))
+        await client.subscribe(asking.subjects.events(pool), cb=asking.note)
+        await client.flush()
+        yield asking
+    finally:
+        await client.close()
+
+
+@asynccontextmanager
+async def renewing(asking: Requester, *pods: tuple[str, int]) -> AsyncIterator[None]:
+    """Keep sessions of bare requesters alive."""
+
+    async def renew() -> None:
+        while True:
+            await asyncio.gather(*[asking.renew(*pod) for pod in pods])
+            await asyncio.sleep(0.5)
+
+    task = asyncio.create_task(renew())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])

@@ -1,0 +1,157 @@
+"""How the agent starts, refuses to start, and stops: as a process, with its exit code and what it says."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from drsm_agent import settings
+from drsm_agent.embedded import Stack, start_standalone
+from tests.harness import Domain, requester, within
+
+EXIT_OK, EXIT_FAULT, EXIT_REFUSED = 0, 1, 2
+
+
+async def start_agent(domain: Domain, **changed: str) -> asyncio.subprocess.Process:
+    """`drsm-agent run` with a test's settings."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("DRSM_")}
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        "from drsm_agent.cli import main; main()",
+        "run",
+        env=clean | domain.environment | changed,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+@asynccontextmanager
+async def agent_process(domain: Domain, **changed: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    process = await start_agent(domain, **changed)
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def refused(domain: Domain, **changed: str) -> str:
+    """What an agent says that refuses to start; its exit code is checked."""
+    process = await start_agent(domain, **changed)
+    _, errors = await within(process.communicate(), 40)
+    assert process.returncode == EXIT_REFUSED, errors.decode()
+    said = [line for line in errors.decode().splitlines() if line.startswith("drsm-agent: ")]
+    assert "Traceback" not in errors.decode()
+    assert len(said) == 1
+    return str(said[0])
+
+
+MISTAKES = {
+    "pool definition": ({"DRSM_POOLS": '[{"name": "amfid", "bits": 4}]'}, "bits: expected 10..64, got 4"),
+    "pool name": ({"DRSM_POOLS": '[{"name": "drsm_x"}]'}, "name: expected"),
+    "unknown field": ({"DRSM_POOLS": '[{"name": "amfid", "bit": 24}]'}, "DRSM_POOLS[0].bit"),
+    "two pools of one name": ({"DRSM_POOLS": '[{"name": "a"}, {"name": "a"}]'}, "each name once"),
+    "no pool": ({"DRSM_POOLS": "[]"}, "expected at least one pool, for example"),
+    "no JSON": ({"DRSM_POOLS": "amfid"}, "DRSM_POOLS: expected JSON"),
+    "L": ({"DRSM_LIVENESS_TTL": "1"}, "expected L >= 5 x 0.5 s, found 1.0 s"),
+    "A above L": ({"DRSM_ALLOCATION_TTL": "2"}, "expected A > L (3.0 s), found 2.0 s"),
+    "T": ({"DRSM_LEADER_TTL": "0.5"}, "expected T >= 1.0 s, found 0.5 s"),
+    "W above A": ({"DRSM_ALLOCATION_TTL": "5"}, "expected W <= A (5.0 s), found 10.0 s"),
+    "not a number": ({"DRSM_LIVENESS_TTL": "fast"}, "DRSM_LIVENESS_TTL: Input should be a valid number"),
+    "prefix": ({"DRSM_SUBJECT_PREFIX": "a b"}, "subject prefix"),
+    "no such file": ({"DRSM_CONFIG": "nowhere.toml"}, "expected a TOML file"),
+    "NATS URL": ({"DRSM_NATS_URL": "nats://127.0.0.1:notaport"}, "DRSM_NATS_URL"),
+    "MongoDB URL": ({"DRSM_MONGO_URL": "postgres://127.0.0.1/"}, "Expected a MongoDB URL like"),
+}
+
+
+@pytest.mark.parametrize(("changed", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+async def test_a_mistake_in_the_settings_is_one_message_that_names_it(
+    domain: Domain, changed: dict[str, str], message: str
+) -> None:
+    """Exit code 2, one line, and in it the setting, what was expected and what was found."""
+    assert message in await refused(domain, **changed)
+
+
+async def test_a_standalone_mongod_is_refused_with_what_to_do(domain: Domain, stack: Stack) -> None:
+    """It has no change streams: the original went on silently and never saw a crash."""
+    mongod = await start_standalone(stack.scratch)
+    try:
+        said = await refused(domain, DRSM_MONGO_URL=mongod.url)
+    finally:
+        await mongod.stop()
+    assert "no replica set" in said
+    assert "rs.initiate()" in said
+
+
+async def test_a_mongodb_that_is_not_there_is_refused_within_seconds(domain: Domain) -> None:
+    """The message names the host, and never the password."""
+    said = await refused(domain, DRSM_MONGO_URL="mongodb://user:hunter2@127.0.0.1:1/?replicaSet=rs0")
+    assert "127.0.0.1:1" in said
+    assert "hunter2" not in said
+
+
+async def test_other_definitions_than_the_stored_ones_are_refused_showing_both(domain: Domain) -> None:
+    """Two agents that disagree about a number space would break every promise to the pods."""
+    async with domain.agent():
+        pass
+    said = await refused(domain, DRSM_POOLS='[{"name": "amfid", "bits": 32}]')
+    assert "revision" in said
+    assert "24" in said
+    assert "32" in said
+    said = await refused(domain, DRSM_LIVENESS_TTL="4")
+    assert "3000" in said
+    assert "4000" in said
+
+
+async def test_a_higher_revision_changes_what_is_stored(domain: Domain) -> None:
+    """A pool may grow; the change is deliberate because its revision is."""
+    async with domain.agent():
+        pass
+    async with domain.agent(pools=[{"name": "amfid", "bits": 32, "revision": 2}]):
+        pass
+    assert "revision" in await refused(domain)
+
+
+async def test_sigterm_ends_the_agent_cleanly_and_gives_up_the_lead(domain: Domain) -> None:
+    """Exit code 0, no warnings, and the next agent leads at once instead of after `T`."""
+    async with requester(domain.nats_url, domain.prefix) as asking, agent_process(domain) as process:
+        await asking.seen(lambda: asking.events)
+        process.send_signal(signal.SIGTERM)
+        _, errors = await within(process.communicate())
+        assert process.returncode == EXIT_OK, errors.decode()
+        assert "lead_given_up" in errors.decode()
+        assert "Traceback" not in errors.decode()
+        began = asyncio.get_running_loop().time()
+        async with domain.agent():
+            took = asyncio.get_running_loop().time() - began
+        assert took < domain.settings().leader_ttl
+
+
+async def test_health_is_served_over_http(domain: Domain, unused_tcp_port: int) -> None:
+    """Alive, ready and measured; 503 is for what is not ready."""
+    async with domain.agent(http_port=unused_tcp_port) as agent, aiohttp.ClientSession() as http:
+        url = f"http://127.0.0.1:{agent.http_port}"
+        for path, expected in (("livez", "alive"), ("readyz", "ready"), ("metrics", "drsm_leader 1.0")):
+            async with http.get(f"{url}/{path}") as answer:
+                assert answer.status == 200
+                assert expected in await answer.text()
+
+
+def test_settings_can_come_from_a_toml_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file says what the environment does not; the environment wins."""
+    config = tmp_path / "drsm.toml"
+    config.write_text('liveness_ttl = 5.0\nhttp_port = 9999\n[[pools]]\nname = "fseid"\nbits = 40\n')
+    monkeypatch.setenv("DRSM_CONFIG", str(config))
+    monkeypatch.setenv("DRSM_HTTP_PORT", "8088")
+    loaded = settings.load()
+    assert (loaded.liveness_ttl, loaded.http_port) == (5.0, 8088)
+    assert loaded.definitions["fseid"].bits == 40
