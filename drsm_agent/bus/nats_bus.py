@@ -1,9 +1,13 @@
 """The agent's connection to NATS: a `ports.Bus` on nats-py.
 
 What nats-py does by itself and must not do here: it buffers while disconnected and replays minutes
-later (so publishing is refused while there is no connection), `flush()` returns at once while it
-reconnects (so the connection is compared before and after), and an `-ERR` of the server can close it
+later (so publishing is refused while there is no connection), and an `-ERR` of the server can close it
 for good (so `broken` tells, and the process ends).
+
+Its own `flush()` is not used: it returns at once while it reconnects, and one that timed out kills the
+read loop when its late PONG comes, after which every further one succeeds without a round trip. A
+message to an inbox of our own says the same, and proves that we still hear: NATS keeps the order of
+one connection, so when it is back the server has everything before it.
 """
 
 import asyncio
@@ -52,6 +56,9 @@ class NatsBus:
         self.reconnects = 0
         self.errors = 0
         self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._echo_inbox = ""
+        self._echoes: dict[bytes, asyncio.Future[None]] = {}
+        self._echo_count = 0
         self._closing = False
 
     @classmethod
@@ -90,6 +97,8 @@ class NatsBus:
             disconnected_cb=self._on_disconnected,
             **options,
         )
+        self._echo_inbox = self._client.new_inbox()
+        await self._client.subscribe(self._echo_inbox, cb=self._on_echo)
 
     @property
     def connected(self) -> bool:
@@ -126,10 +135,18 @@ class NatsBus:
     async def flush(self) -> None:
         self._require_connection()
         before = self.reconnects
+        self._echo_count += 1
+        name = str(self._echo_count).encode()
+        echo: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._echoes[name] = echo
         try:
-            await self._client.flush(timeout=FLUSH_TIMEOUT)
-        except (NatsError, TimeoutError, OSError) as error:
+            async with asyncio.timeout(FLUSH_TIMEOUT):
+                await self._client.publish(self._echo_inbox, name)
+                await echo
+        except (NatsError, TimeoutError) as error:
             raise BusUnavailable(f"NATS did not confirm: {error or type(error).__name__}") from error
+        finally:
+            del self._echoes[name]
         if not self.connected or self.reconnects != before:
             raise BusUnavailable("the NATS connection changed while messages were under way")
 
@@ -154,6 +171,11 @@ class NatsBus:
             raise BusUnavailable("NATS is not connected")
 
     # Callbacks are awaited in nats-py's read loop: they never wait and never raise.
+
+    async def _on_echo(self, message: Msg) -> None:
+        echo = self._echoes.get(message.data)
+        if echo and not echo.done():
+            echo.set_result(None)
 
     async def _on_error(self, error: Exception) -> None:
         self.errors += 1
