@@ -105,6 +105,7 @@ class Reaper:
 
     async def _expire_due(self) -> None:
         now = self._clock()
+        self._adopt(now)
         due = self._liveness.due(now)
         if due and not self._probe.healthy(now):
             log.warning("not_judging", due=len(due), reason="no request to myself came back lately")
@@ -116,6 +117,13 @@ class Reaper:
         for batch in _batches(self._undone()):
             term = self._lead.term
             await self._relay.commit([writes.end_session(*key, reason, term) for key, reason in batch])
+
+    def _adopt(self, now: float) -> None:
+        """A session that nobody has a lease for came of a write whose outcome was unknown: it gets one."""
+        for session in self._table.alive():
+            if session.key not in self._liveness and not self._liveness.ending(session.key):
+                pods = len(self._liveness)
+                self._liveness.extend(session.key, now + self._leases.effective_liveness(pods))
 
     def _undone(self) -> list[tuple[Key, str]]:
         """Sessions whose end was decided but is not yet written."""

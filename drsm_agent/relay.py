@@ -67,6 +67,7 @@ class Relay:
         self._position: Position | None = None
         self._saved: Position | None = None
         self._barriers: Flight[None, None] = Flight(tasks, self._touch)
+        self._unknown = False
 
     # --- What requests and claims use -----------------------------------------------------------
 
@@ -84,10 +85,20 @@ class Relay:
                 await _within(SHOWN_TIMEOUT, asyncio.gather(*expected))
             else:
                 await self.barrier()
+        except StoreUnavailable:
+            self._unknown = True
+            raise
         finally:
             for future in expected:
                 future.cancel()
         return outcome
+
+    async def read_back(self) -> None:
+        """After a write whose outcome is unknown: return once the table shows what became of it. Who is
+        about to decide the same again calls this first, and then looks at the table."""
+        if self._unknown:
+            await self.barrier()
+            self._unknown = False
 
     async def write_unseen(self, decided: Sequence[Write]) -> None:
         """Write what is no event, so that nobody waits to see it: keepalive mirrors."""

@@ -158,9 +158,9 @@ class Requests:
 
     async def acquire(self, pool: PoolTable, request: m.Acquire) -> m.Acquired:
         session = await self._member(pool, request.pod, request.incarnation)
-        granted = self._granted(pool, session.owner, request.request_id)
+        wanted = _Wanted(session.owner, request.count, request.request_id)
+        granted = self._granted(pool, wanted)
         if not granted:
-            wanted = _Wanted(session.owner, request.count, request.request_id)
             granted = await self._acquires[pool.name].board((session.key, request.request_id), wanted)
         else:
             await self._relay.caught_up()
@@ -207,10 +207,16 @@ class Requests:
     # --- Flights: one bulk write for all that wait ------------------------------------------------
 
     async def _open_all(self, opening: Sequence[m.Open]) -> Sequence[Session | Exception]:
-        sessions = [self._new_session(request) for request in opening]
-        await self._relay.commit([writes.open_session(session) for session in sessions])
-        for session in sessions:
-            self._extend(session.key)
+        await self._relay.read_back()
+        known = self._table.by_request
+        sessions = [
+            known.get((request.pod.name, request.request_id)) or self._new_session(request)
+            for request in opening
+        ]
+        new = [session for session in sessions if session.key not in self._table.sessions]
+        if new:
+            await self._relay.commit([writes.open_session(session) for session in new])
+        for session in new:
             log.info("session_opened", pod=session.pod, incarnation=session.incarnation)
         return [self._table.sessions.get(session.key) or _unknown_outcome("open") for session in sessions]
 
@@ -249,9 +255,10 @@ class Requests:
 
     async def _acquire_all(self, pool: str, wanted: Sequence[_Wanted]) -> Sequence[list[Chunk] | Exception]:
         """Insert chunks for all; numbers that another allocator took first are replaced by others."""
+        await self._relay.read_back()
         table, free = self._table.pools[pool], self._free[pool]
         share = max(1, CHUNKS_PER_FLIGHT_MAX // len(wanted))
-        missing = [min(want.count, share) for want in wanted]
+        missing = [0 if self._granted(table, want) else min(want.count, share) for want in wanted]
         exhausted = False
         for _ in range(ALLOCATION_ROUNDS_MAX):
             numbers = free.take(sum(missing), table.chunks)
@@ -265,9 +272,7 @@ class Requests:
             if not outcome.refused:
                 break
             self._metrics.conflicts.inc(len(outcome.refused))
-        return [
-            self._granted(table, want.owner, want.request_id) or _none(exhausted, pool) for want in wanted
-        ]
+        return [self._granted(table, want) or _none(exhausted, pool) for want in wanted]
 
     def _inserts(
         self, pool: str, wanted: Sequence[_Wanted], missing: Sequence[int], numbers: Sequence[int]
@@ -372,9 +377,12 @@ class Requests:
         held = self._table.pools[pool].held.get(key)
         return (len(held.numbers), held.checksum) if held else (0, 0)
 
-    def _granted(self, pool: PoolTable, owner: Owner, request_id: str) -> list[Chunk]:
-        numbers = pool.requests.get(request_id, ())
-        return [chunk for n in numbers if (chunk := pool.chunks[n]).owner == owner]
+    def _granted(self, pool: PoolTable, wanted: _Wanted) -> list[Chunk]:
+        """What this request got already. More than it asked for only if a write thought lost came late;
+        the pod hears of the rest when checksums differ."""
+        numbers = pool.requests.get(wanted.request_id, ())
+        chunks = [chunk for n in numbers if (chunk := pool.chunks[n]).owner == wanted.owner]
+        return chunks[: wanted.count]
 
     def _owned(self, pool: PoolTable, key: Key, listed: Sequence[tuple[int, str]]) -> list[Chunk]:
         """Of the listed chunks those that the session owns by just that grant."""

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from pymongo import AsyncMongoClient
 
 from drsm_agent import settings
 from drsm_agent.service import Agent, running
@@ -81,6 +82,13 @@ async def within(awaitable: Any, seconds: float = SEEN_SECONDS) -> Any:
     """The awaited value, or a failed test."""
     async with asyncio.timeout(seconds):
         return await awaitable
+
+
+async def eventually(condition: Callable[[], object]) -> None:
+    """Wait for what no event tells: looks again each time the loop has had a turn."""
+    async with asyncio.timeout(SEEN_SECONDS):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
 
 
 class Requester:
@@ -178,3 +186,20 @@ async def renewing(asking: Requester, *pods: tuple[str, int]) -> AsyncIterator[N
     finally:
         task.cancel()
         await asyncio.wait([task])
+
+
+async def mongo_table(domain: Domain, pool: str = POOL) -> dict[int, tuple[str, int]]:
+    """Who owns which chunk, read from MongoDB itself."""
+    async with mongo_client(domain) as client:
+        chunks = client[domain.database][pool].find({"type": "chunk"})
+        return {
+            int(chunk["_id"].removeprefix("chunkid-")): (chunk["podId"], int(chunk["drsm"]["incarnation"]))
+            async for chunk in chunks
+        }
+
+
+@asynccontextmanager
+async def mongo_client(domain: Domain) -> AsyncIterator[AsyncMongoClient[dict[str, Any]]]:
+    """MongoDB without the agent: as Go pods and operators see it."""
+    async with AsyncMongoClient[dict[str, Any]](domain.mongo_url) as client:
+        yield client

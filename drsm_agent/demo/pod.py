@@ -17,6 +17,8 @@ from drsm_sdk import Drsm, Pod, Pool
 from drsm_sdk.changes import Gained, Lost, Scanned, SessionLost, SessionRenewed
 
 ALLOCATE_TIMEOUT = 10.0
+BLOCK_BITS = 10
+"""What `DRSM_POOLS` has by default; only to show chunk numbers."""
 
 
 def say(what: str, **fields: Any) -> None:
@@ -44,7 +46,7 @@ class DemoPod:
     async def _allocate(self, count: int) -> None:
         ids = [await self._pool.allocate(timeout=ALLOCATE_TIMEOUT) for _ in range(count)]
         await asyncio.to_thread(self._contexts.add, ids, self._name)
-        chunks = sorted({id_ >> self._pool.definition.block_bits for id_ in ids})
+        chunks = sorted({id_ >> BLOCK_BITS for id_ in ids})
         say("allocated", count=len(ids), first=ids[0], last=ids[-1], chunks=chunks)
 
     def _release(self, count: int) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from drsm_agent import settings
 from drsm_agent.demo.contexts import Contexts
+from drsm_agent.demo.pod import BLOCK_BITS
 from drsm_agent.demo.process import PodProcess, PodSaidNo
 from drsm_agent.embedded import Stack
 from drsm_agent.service import running
@@ -76,7 +77,7 @@ class Story:
     async def _kill(self, name: str) -> set[int]:
         """Kill a pod; returns the chunks that were claimed from it."""
         ids = self._contexts.of(name)
-        used = {id_ >> 10 for id_ in ids}
+        used = {id_ >> BLOCK_BITS for id_ in ids}
         self._say(f"[bold red]SIGKILL {name}[/], with {len(ids)} ids in use in chunks {sorted(used)}")
         killed = self._now()
         self._pods.pop(name).kill()

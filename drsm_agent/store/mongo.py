@@ -30,7 +30,7 @@ from drsm_agent.store.spaces import FOLLOWED, UNFOLLOWED, space_of
 APP_NAME = "drsm-agent"
 OPERATION_SECONDS = 5.0  # longer than a planned election, shorter than a pod's patience with a request
 CONNECTIONS = 10  # Motor's threads are no more on two cores; one of them is the change stream's
-READ_BATCH = 2000  # documents: a batch keeps the event loop for some 20 ms
+READ_BATCH = 1000  # documents: a batch keeps the event loop for some 10 ms
 SNAPSHOT_ATTEMPTS = 5  # a collection made since the snapshot's time cannot be read at it, only at a later one
 DUPLICATE_KEY, SNAPSHOT_UNAVAILABLE = 11000, 246
 

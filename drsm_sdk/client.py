@@ -1,0 +1,209 @@
+"""A pod in its domain: connects, keeps one session open, joins pools."""
+
+import asyncio
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from drsm_sdk.ambient import Chance, Clock, boottime
+from drsm_sdk.errors import AgentUnavailable, BadRequest, SessionLost
+from drsm_sdk.nats_transport import NatsTransport
+from drsm_sdk.pods import Pod
+from drsm_sdk.pool import Pool
+from drsm_sdk.rpc import Rpc
+from drsm_sdk.scan import InUse
+from drsm_sdk.session import Session, State
+from drsm_sdk.tasks import Tasks
+from drsm_sdk.transport import NotConnected, Transport
+from drsm_sdk.wire.subjects import PREFIX_DEFAULT, Subjects, valid_pool_name
+
+OnSilence = Literal["continue", "stop"]
+
+TIMEOUT = 5.0
+
+
+class Drsm:
+    """This process as a pod. Use `async with Drsm.connect(...) as drsm`.
+
+    Entering connects and opens a session; leaving stops issuing, closes the session and disconnects, also
+    when NATS or the agent is gone. In between everything heals by itself: `state` tells how it stands.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        pod: Pod,
+        *,
+        prefix: str = PREFIX_DEFAULT,
+        timeout: float = TIMEOUT,
+        on_silence: OnSilence = "continue",
+        clock: Clock = boottime,
+        chance: Chance | None = None,
+    ) -> None:
+        if on_silence not in {"continue", "stop"}:
+            raise BadRequest(f"on_silence: expected 'continue' or 'stop', found {on_silence!r}")
+        self.pod = pod
+        self._transport, self._timeout = transport, timeout
+        chance = chance or Chance()
+        self._tasks = Tasks(self._failed)
+        self._rpc = Rpc(transport, clock, chance)
+        self._session = Session(
+            self._rpc,
+            _subjects(prefix),
+            pod,
+            self._tasks,
+            clock=clock,
+            chance=chance,
+            stop_when_suspect=on_silence == "stop",
+        )
+        self._pools: dict[str, Pool] = {}
+
+    @classmethod
+    def connect(
+        cls,
+        url: str | Sequence[str],
+        pod: Pod,
+        *,
+        prefix: str = PREFIX_DEFAULT,
+        timeout: float = TIMEOUT,
+        on_silence: OnSilence = "continue",
+        transport: Transport | None = None,
+        clock: Clock = boottime,
+        chance: Chance | None = None,
+        **options: Any,
+    ) -> Self:
+        """A pod that will connect when it is entered.
+
+        url         one NATS URL or several of one cluster, `nats://` or `tls://`
+        prefix      the domain's subject prefix
+        timeout     seconds that entering, and each `join`, may take
+        on_silence  whether to go on issuing from stock while the agent is silent (`continue`, up to the
+                    allocation lease), or to stop when it might take this pod for dead (`stop`)
+        options     for nats-py's `connect`: `user`, `password`, `user_credentials`, `tls`, ...
+
+        `transport`, `clock` and `chance` replace NATS, the machine's clock and its randomness. Raises
+        BadRequest for arguments that cannot be; entering raises AgentUnavailable or BadRequest.
+        """
+        chance = chance or Chance()
+        transport = transport or NatsTransport(url, chance, f"drsm-{pod.name}", options)
+        return cls(
+            transport, pod, prefix=prefix, timeout=timeout, on_silence=on_silence, clock=clock, chance=chance
+        )
+
+    @property
+    def state(self) -> State:
+        """`live`; `suspect` when the agent has been silent for so long that it may take this pod for dead;
+        `lapsed` when nothing may be issued until it answers; `lost` while there is no session."""
+        return self._session.state
+
+    @property
+    def incarnation(self) -> int | None:
+        """This life of the pod's name; None while there is no session."""
+        return self._session.life.incarnation if self._session.life is not None else None
+
+    async def __aenter__(self) -> Self:
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._transport.connect(self._timeout)
+                self._tasks.start(self._session.run(), "session")
+                await self._session.opened()
+        except NotConnected as error:
+            await self._close()
+            raise AgentUnavailable(str(error)) from None
+        except TimeoutError:
+            reason = self._rpc.trouble or self._session.lost_reason
+            await self._close()
+            raise AgentUnavailable(f"no session within {self._timeout:g} s: {reason}") from None
+        except BaseException:
+            await self._close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            await self._session.close()
+        finally:
+            await self._close()
+        if error is None and self._tasks.failure is not None:
+            raise self._session.refusal()
+
+    async def join(self, name: str, in_use: InUse | None = None, timeout: float | None = None) -> Pool:
+        """Take part in pool `name`; returns when ids can be allocated, or the pool is known to be exhausted.
+
+        `in_use(first, last)` tells which ids of a range are in use, for chunks claimed from dead pods; plain
+        (then it runs in a thread) or async. Without it such chunks are owned and routed but never issued
+        from. Joining again with the same function returns the same pool. `timeout` in seconds, by default
+        that of `connect`. Raises BadRequest (also for an unknown pool) and AgentUnavailable.
+        """
+        if not valid_pool_name(name):
+            raise BadRequest(
+                f"pool name: expected [a-z0-9][a-z0-9_-]{{0,31}} not beginning with drsm_, found {name!r}"
+            )
+        if name in self._pools:
+            return self._again(self._pools[name], in_use)
+        timeout = self._timeout if timeout is None else timeout
+        pool = self._pools[name] = Pool(name, self._session, self._rpc, in_use)
+        try:
+            async with asyncio.timeout(timeout):
+                await pool.listen()
+                await self._begin(pool, timeout)
+                await pool.ready()
+        except TimeoutError:
+            reason = pool.trouble()
+            await self._leave(pool)
+            raise AgentUnavailable(f"pool {name} was not ready within {timeout:g} s: {reason}") from None
+        except BaseException:
+            await self._leave(pool)
+            raise
+        return pool
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    async def _begin(self, pool: Pool, timeout: float) -> None:
+        """Join under the present session; again when that one is lost meanwhile."""
+        while True:
+            life = await self._session.opened()
+            try:
+                definition = await self._session.join(life, pool.name, timeout)
+            except SessionLost:
+                if self._tasks.failure is not None or self._session.closing:
+                    raise
+                continue
+            self._session.members[pool.name] = pool
+            pool.begin(life, definition)
+            return
+
+    @staticmethod
+    def _again(pool: Pool, in_use: InUse | None) -> Pool:
+        if in_use is not pool.in_use:
+            raise BadRequest(f"pool {pool.name} was joined with another in_use; join once and keep the Pool")
+        return pool
+
+    async def _leave(self, pool: Pool) -> None:
+        self._pools.pop(pool.name, None)
+        self._session.members.pop(pool.name, None)
+        await pool.close()
+
+    def _failed(self) -> None:
+        """A background task broke: issue nothing more."""
+        life = self._session.life
+        if life is not None:
+            self._session.end(life, "failed")
+
+    async def _close(self) -> None:
+        await self._tasks.stop()
+        for pool in self._pools.values():
+            await pool.close()
+        await self._transport.close()
+
+
+def _subjects(prefix: str) -> Subjects:
+    try:
+        return Subjects(prefix)
+    except ValueError as error:
+        raise BadRequest(str(error)) from None

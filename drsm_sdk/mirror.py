@@ -1,0 +1,166 @@
+"""A pool's table as a consumer holds it: chunk -> owner, kept true by snapshots and events.
+
+Pure. The consumer's rule: events above the version in hand are applied, others dropped; a gap (`prev`
+above what is held), a `reset` or another history under no lower term needs a snapshot, and so does a
+`sync` that contradicts the table for longer than messages take. Messages of a lower term with another
+history are a fallen leader's and dropped; so is a snapshot of the same history that is older.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from drsm_sdk.pods import Owner
+from drsm_sdk.snapshot import Snapshot
+from drsm_sdk.wire import messages as wire
+from drsm_sdk.wire.checksum import MODULUS, ownership
+
+Key = tuple[str, int]
+
+
+class Verdict(Enum):
+    """What became of an event."""
+
+    APPLIED = auto()
+    DROPPED = auto()
+    """Held already, or from a fallen leader."""
+    CONFIRMED = auto()
+    """A sync that says exactly what the table says."""
+    DOUBT = auto()
+    """A sync that says something else; events may still be under way."""
+    GAP = auto()
+    """A snapshot is needed."""
+
+
+@dataclass(slots=True)
+class Holder:
+    """One pod and how many chunks it owns. Its chunks point here, so that `down` is one assignment."""
+
+    owner: Owner
+    chunks: int = 0
+
+
+class Mirror:
+    """One pool's table. Empty, and knowing nothing, until the first `load`."""
+
+    def __init__(self) -> None:
+        self.version: wire.Version = (0, 0)
+        self.history = ""
+        self.term = 0
+        self.loaded = False
+        self.checksum = 0
+        self._shift = 0
+        self._chunks: dict[int, Holder] = {}
+        self._holders: dict[Key, Holder] = {}
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def owner(self, id_: int) -> Owner | None:
+        """Whose id it is; None when nobody owns its chunk."""
+        holder = self._chunks.get(id_ >> self._shift)
+        return holder.owner if holder is not None else None
+
+    def pods(self) -> list[Owner]:
+        """Every pod that is up or owns a chunk, by name."""
+        return sorted((holder.owner for holder in self._holders.values()), key=lambda owner: owner.key)
+
+    def table(self) -> dict[int, Owner]:
+        """The whole table: chunk number -> owner."""
+        return {n: holder.owner for n, holder in self._chunks.items()}
+
+    def chunks(self) -> dict[int, Key]:
+        """The whole table: chunk number -> (name, incarnation) of its owner."""
+        return {n: holder.owner.key for n, holder in self._chunks.items()}
+
+    def fallen(self, term: int, history: str) -> bool:
+        """Whether a message with this term and history comes from a leader that has fallen."""
+        return term < self.term and history != self.history
+
+    def load(self, snapshot: Snapshot) -> bool:
+        """Take a snapshot in place of the table; False if what is in hand is newer."""
+        older = snapshot.history == self.history and snapshot.version < self.version
+        if self.loaded and (older or self.fallen(snapshot.term, snapshot.history)):
+            return False
+        self._chunks, self._holders, self.checksum = {}, {}, 0
+        for owner in snapshot.owners:
+            self._holders[owner.key] = Holder(owner)
+        for key, numbers in snapshot.chunks:
+            self._give(numbers, self._holders[key])
+        self._shift = snapshot.definition.block_bits
+        self.version, self.history = snapshot.version, snapshot.history
+        self.term = max(self.term, snapshot.term)
+        self.loaded = True
+        self._sweep()
+        return True
+
+    def apply(self, head: wire.EventHead, body: wire.EventBody) -> Verdict:
+        """Fold one event into the table."""
+        if not self.loaded:
+            return Verdict.GAP
+        if self.fallen(head.term, head.history):
+            return Verdict.DROPPED
+        if head.history != self.history:
+            return Verdict.GAP
+        self.term = max(self.term, head.term)
+        if isinstance(body, wire.Sync):
+            return Verdict.CONFIRMED if self._agrees(head, body) else Verdict.DOUBT
+        if head.version <= self.version:
+            return Verdict.DROPPED
+        if isinstance(body, wire.Reset) or head.prev > self.version:
+            return Verdict.GAP
+        self._fold(body)
+        self.version = head.version
+        return Verdict.APPLIED
+
+    def contradicts(self, head: wire.EventHead, body: wire.Sync) -> bool:
+        """Whether the table still is not what a doubtful sync said, once what was under way has arrived.
+        A table that has moved on past the sync is for a later one to judge."""
+        return head.history == self.history and head.version >= self.version and not self._agrees(head, body)
+
+    def _agrees(self, head: wire.EventHead, body: wire.Sync) -> bool:
+        said = (head.version, body.checksum, body.chunks)
+        return said == (self.version, self.checksum, len(self._chunks))
+
+    def _fold(self, body: wire.EventBody) -> None:
+        match body:
+            case wire.PodUp(pod):
+                self._holder(pod).owner = Owner.of(pod, "live")
+            case wire.PodDown(pod):
+                self._holder(pod).owner = Owner.of(pod, "down")
+            case wire.ChunkAllocated(owner, chunks) | wire.ChunkClaimed(owner, _, chunks):
+                self._give(chunks, self._holder(owner))
+            case wire.ChunkReleased(_, chunks):
+                for n in chunks:
+                    self._take(n)
+        if isinstance(body, wire.PodDown | wire.ChunkClaimed | wire.ChunkReleased):
+            self._sweep(body.pod if isinstance(body, wire.PodDown) else body.previous)
+
+    def _holder(self, ref: wire.OwnerRef) -> Holder:
+        """A pod that nobody announced is not up: its chunks are orphans."""
+        key = (ref.name, ref.incarnation)
+        if key not in self._holders:
+            self._holders[key] = Holder(Owner.of(ref, "down"))
+        return self._holders[key]
+
+    def _give(self, numbers: Iterable[int], holder: Holder) -> None:
+        name, incarnation = holder.owner.key
+        for n in numbers:
+            self._take(n)
+            self._chunks[n] = holder
+            holder.chunks += 1
+            self.checksum = (self.checksum + ownership(n, name, incarnation)) % MODULUS
+
+    def _take(self, n: int) -> None:
+        holder = self._chunks.pop(n, None)
+        if holder is not None:
+            holder.chunks -= 1
+            self.checksum = (self.checksum - ownership(n, *holder.owner.key)) % MODULUS
+
+    def _sweep(self, ref: wire.OwnerRef | None = None) -> None:
+        """Forget pods that are down and own nothing: all of them, or just one."""
+        keys = list(self._holders) if ref is None else [(ref.name, ref.incarnation)]
+        for key in keys:
+            holder = self._holders.get(key)
+            if holder is not None and not holder.chunks and holder.owner.state == "down":
+                del self._holders[key]

@@ -1,0 +1,303 @@
+"""The transport on NATS: the only file that imports nats-py, and the place for what must be known of it.
+
+- nats-py buffers what is published while disconnected and replays it, however old: buffering is off.
+- It notices a half-open connection only by pings, every 120 s by default: here every 2 s.
+- Some errors of the server (expired credentials, too many connections) close it for good, whatever the
+  settings: a supervising task builds a new client then, and when one has been down for long.
+- With a TLS context but a server that offers none it would go on in clear text: that is refused before
+  any credentials are sent.
+- An exception in a callback ends its read loop: callbacks here never raise.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from nats import errors
+from nats.aio.client import Client, Server
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription as NatsSubscription
+
+from drsm_sdk.ambient import Backoff, Chance
+from drsm_sdk.tasks import Tasks
+from drsm_sdk.transport import Callback, Message, NoAnswer, NoResponders, NotConnected, TooLarge
+
+log = logging.getLogger("drsm_sdk")
+
+PING_INTERVAL = 2
+CONNECT_TIMEOUT = 2
+RECONNECT_FIRST, RECONNECT_MOST = 0.05, 2.0
+REBUILD_AFTER = 30.0  # seconds down, after which the client itself is not trusted any more
+CLOSE_TIMEOUT = 2.0
+HEADERS_MAX = 1024  # what a message's headers may add to its size
+NO_RESPONDERS = "503"
+
+
+class _TlsClient(Client):
+    """Sends nothing of its own, credentials least of all, to a server that does not offer TLS."""
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        if initial_connection and not (info.get("tls_required") or self.options["tls_handshake_first"]):
+            raise errors.Error(
+                "expected a server that requires TLS, found one that does not; "
+                "enable TLS on the server, or connect without tls"
+            )
+        await super()._process_info(info, initial_connection)
+
+
+@dataclass(slots=True, eq=False)
+class _Subscription:
+    """A subscription that outlives clients: `client` is the one that has it now."""
+
+    subject: str
+    callback: Callback
+    client: Client | None = None
+    placed: NatsSubscription | None = None
+    stopped: bool = False
+
+    async def place(self, client: Client) -> None:
+        if self.stopped or self.client is client:
+            return
+        self.client = client
+        self.placed = await client.subscribe(self.subject, cb=self._deliver)
+
+    async def stop(self) -> None:
+        self.stopped = True
+        if self.placed is not None:
+            with contextlib.suppress(errors.Error, OSError):
+                await self.placed.unsubscribe()
+
+    async def _deliver(self, msg: Msg) -> None:
+        if self.stopped:
+            return
+        try:
+            self.callback(_message(msg))
+        except Exception:
+            log.exception("reading a message on %s failed", msg.subject)
+
+
+@dataclass(slots=True)
+class NatsTransport:
+    """A connection to one of the NATS `servers`, made again whenever it breaks.
+
+    `options` go to nats-py's `connect` as they are: `user`, `password`, `token`, `user_credentials`,
+    `nkeys_seed`, `tls`, `tls_handshake_first`, `inbox_prefix`, ... They win over what is set here.
+    """
+
+    servers: str | Sequence[str]
+    chance: Chance = field(default_factory=Chance)
+    name: str = "drsm-sdk"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    _client: Client | None = None
+    _epoch: int = 0
+    _first: asyncio.Event = field(default_factory=asyncio.Event)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _subscriptions: list[_Subscription] = field(default_factory=list)
+    _callbacks: list[Callable[[], None]] = field(default_factory=list)
+    _tasks: Tasks = field(default_factory=lambda: Tasks(lambda: None))
+    _last_error: str = "no server answered"
+
+    @property
+    def connected(self) -> bool:
+        return self._client is not None and bool(self._client.is_connected)
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    async def connect(self, timeout: float) -> None:
+        self._tasks.start(self._supervise(), "nats")
+        try:
+            async with asyncio.timeout(timeout):
+                await self._first.wait()
+        except TimeoutError:
+            raise NotConnected(
+                f"no connection to NATS at {_shown(self.servers)} within {timeout:g} s ({self._last_error}); "
+                "check the address, and that a nats-server runs there"
+            ) from None
+
+    async def publish(self, subject: str, data: bytes, headers: Mapping[str, str] | None = None) -> None:
+        client = self._usable(data)
+        try:
+            await client.publish(subject, data, headers=dict(headers) if headers else None)
+        except (errors.Error, OSError) as error:
+            raise NotConnected(f"publishing failed: {_text(error)}") from None
+
+    async def subscribe(self, subject: str, callback: Callback) -> _Subscription:
+        subscription = _Subscription(subject, callback)
+        self._subscriptions.append(subscription)
+        if self._client is not None and self.connected:
+            with contextlib.suppress(errors.Error, OSError):
+                await subscription.place(self._client)
+        return subscription
+
+    async def request(self, subject: str, data: bytes, timeout: float) -> Message:
+        client = self._usable(data)
+        try:
+            return _message(await client.request(subject, data, timeout=timeout))
+        except errors.NoRespondersError:
+            raise NoResponders("no agent leads just now (no responders)") from None
+        except (errors.TimeoutError, TimeoutError):
+            raise NoAnswer(f"no answer within {timeout:.1f} s") from None
+        except (errors.Error, OSError) as error:
+            raise NotConnected(f"the request could not be sent: {_text(error)}") from None
+
+    async def request_many(
+        self, subject: str, data: bytes, timeout: float, done: Callable[[Message], bool]
+    ) -> None:
+        client = self._usable(data)
+        answers: asyncio.Queue[Message] = asyncio.Queue()
+        try:
+            inbox = client.new_inbox()
+            subscription = _Subscription(inbox, answers.put_nowait)
+            await subscription.place(client)
+            await client.publish(subject, data, reply=inbox)
+        except (errors.Error, OSError) as error:
+            raise NotConnected(f"the request could not be sent: {_text(error)}") from None
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    answer = await answers.get()
+                    if answer.headers.get("Status") == NO_RESPONDERS:
+                        raise NoResponders("no agent leads just now (no responders)")
+                    if done(answer):
+                        return
+        except TimeoutError:
+            raise NoAnswer(f"no complete answer within {timeout:.1f} s") from None
+        finally:
+            await subscription.stop()
+
+    def on_reconnect(self, callback: Callable[[], None]) -> None:
+        self._callbacks.append(callback)
+
+    async def close(self) -> None:
+        await self._tasks.stop()
+        self._subscriptions.clear()
+        self._callbacks.clear()
+
+    # --- supervision ----------------------------------------------------------------------------
+
+    async def _supervise(self) -> None:
+        """Keep one client going; build another when it has closed for good."""
+        backoff = Backoff(self.chance, RECONNECT_FIRST, RECONNECT_MOST)
+        while True:
+            client = _TlsClient() if self._wants_tls() else Client()
+            self._client = client
+            try:
+                await self._start(client)
+                backoff.reset()
+                await self._until_useless(client)
+            except Exception as error:  # whatever a driver raises, the next client may do better
+                self._note(error)
+            finally:
+                await _close(client)
+            await asyncio.sleep(backoff.delay())
+
+    async def _start(self, client: Client) -> None:
+        await client.connect(
+            **{
+                "servers": self.servers if isinstance(self.servers, str) else list(self.servers),
+                "name": self.name,
+                "max_reconnect_attempts": -1,
+                "reconnect_time_wait": self.chance.jitter(0.5),
+                "connect_timeout": CONNECT_TIMEOUT,
+                "ping_interval": PING_INTERVAL,
+                "max_outstanding_pings": 2,
+                "pending_size": -1,
+                "error_cb": self._on_error,
+                "disconnected_cb": self._on_disconnected,
+                "reconnected_cb": self._on_reconnected,
+                "closed_cb": self._on_closed,
+                "reconnect_to_server_handler": self._next_server,
+                **self.options,
+            }
+        )
+        for subscription in self._subscriptions:
+            await subscription.place(client)
+        self._connected()
+
+    async def _until_useless(self, client: Client) -> None:
+        """Return when the client has closed, or has been down for so long that a new one is better."""
+        while not client.is_closed:
+            limit = None if client.is_connected else REBUILD_AFTER
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(limit):
+                    await self._changed.wait()
+            except TimeoutError:
+                return
+
+    def _connected(self) -> None:
+        self._epoch += 1
+        log.info("connected to NATS (connection %d)", self._epoch)
+        if self._first.is_set():
+            for callback in self._callbacks:
+                callback()
+        self._first.set()
+
+    def _next_server(self, servers: list[Server], _info: dict[str, Any]) -> tuple[Server, float]:
+        """The server that failed least, and how long to wait before trying it: at once the first time,
+        with jitter so that a thousand clients do not come back together."""
+        server = min(servers, key=lambda server: server.reconnects)
+        longest = min(RECONNECT_FIRST * 2.0 ** min(server.reconnects, 16), RECONNECT_MOST)
+        return server, longest / 2 + self.chance.below(longest / 2)
+
+    async def _on_error(self, error: Exception) -> None:
+        self._note(error)
+
+    async def _on_disconnected(self) -> None:
+        if not self._tasks.stopped:
+            log.warning("disconnected from NATS (%s)", self._last_error)
+        self._changed.set()
+
+    async def _on_reconnected(self) -> None:
+        self._connected()
+        self._changed.set()
+
+    async def _on_closed(self) -> None:
+        self._changed.set()
+
+    def _note(self, error: Exception) -> None:
+        """Errors come with every try: each kind is logged once per connection."""
+        said = _text(error)
+        if said != self._last_error:
+            log.warning("NATS: %s", said)
+        self._last_error = said
+
+    def _usable(self, data: bytes) -> Client:
+        client = self._client
+        if client is None or not client.is_connected:
+            raise NotConnected(f"no connection to NATS at {_shown(self.servers)} ({self._last_error})")
+        if len(data) + HEADERS_MAX > client.max_payload:
+            raise TooLarge(f"a message of {len(data)} bytes, the server takes {client.max_payload}")
+        return client
+
+    def _wants_tls(self) -> bool:
+        servers = [self.servers] if isinstance(self.servers, str) else self.servers
+        return self.options.get("tls") is not None or any(url.startswith("tls://") for url in servers)
+
+
+def _message(msg: Msg) -> Message:
+    return Message(msg.subject, msg.data, cast("Mapping[str, str]", msg.headers or {}))
+
+
+async def _close(client: Client) -> None:
+    """Let go of a client in whatever state it is; a driver that fails here must not stop anything."""
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT):
+            await client.close()
+    except Exception as error:
+        log.debug("closing a NATS connection: %s", _text(error))
+
+
+def _text(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _shown(servers: str | Sequence[str]) -> str:
+    """Addresses without what stands before an `@`: that may be a password."""
+    urls = [servers] if isinstance(servers, str) else servers
+    return ", ".join(url.rpartition("@")[2].removeprefix("nats://") for url in urls)

@@ -1,0 +1,72 @@
+"""Who takes part: a pod as it presents itself, and the owner of an id as consumers see it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from drsm_sdk.errors import BadRequest
+from drsm_sdk.wire.messages import OwnerRef, PodRef
+
+PodState = Literal["live", "down"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """This process as a member of the domain. Raises BadRequest for a name that cannot be one.
+
+    name      Kubernetes pod name (DNS-1123); two living pods must not share one
+    ip        where the load balancer reaches it, as text
+    instance  what the network function calls itself, for example its NF instance id
+    """
+
+    name: str
+    ip: str
+    instance: str
+
+    def __post_init__(self) -> None:
+        try:
+            PodRef(self.name, self.ip, self.instance)
+        except ValueError as error:
+            raise BadRequest(str(error)) from None
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
+        """The pod of HOSTNAME, POD_IP and POD_INSTANCE. Raises BadRequest that names what is not set."""
+        missing = [name for name in ("HOSTNAME", "POD_IP", "POD_INSTANCE") if not environ.get(name)]
+        if missing:
+            raise BadRequest(
+                "expected HOSTNAME, POD_IP and POD_INSTANCE in the environment, "
+                f"found no {', '.join(missing)}; set them in the pod's manifest (downward API), "
+                "or pass Pod(name, ip, instance)"
+            )
+        return cls(environ["HOSTNAME"], environ["POD_IP"], environ["POD_INSTANCE"])
+
+    @property
+    def ref(self) -> PodRef:
+        """The pod as the wire protocol writes it."""
+        return PodRef(self.name, self.ip, self.instance)
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The pod incarnation that an id belongs to. Incarnation 0 is a Go DRSM pod.
+
+    `state` is `live`, or `down`: the pod is gone and its chunks are about to move.
+    """
+
+    name: str
+    ip: str
+    instance: str
+    incarnation: int
+    state: PodState = "live"
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Name and incarnation: what tells one owner from another."""
+        return self.name, self.incarnation
+
+    @classmethod
+    def of(cls, ref: OwnerRef, state: PodState) -> Self:
+        """An owner as the wire protocol writes it, in a state."""
+        return cls(ref.name, ref.ip, ref.instance, ref.incarnation, state)

@@ -1,0 +1,98 @@
+"""Asking the application which ids of a claimed chunk are in use.
+
+Off the hot path: a plain function runs in a thread, few scans at a time, each with a time-out. Whatever
+goes wrong counts as "all ids are in use", and the scan is tried again.
+"""
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+InUse = Callable[[int, int], Iterable[int] | AsyncIterable[int] | Awaitable[Iterable[int]]]
+"""Which ids from `first` to `last` (both included) are in use? Plain or async."""
+
+CONCURRENT = 4
+TIMEOUT = 30.0
+RETRY_FIRST, RETRY_MOST = 1.0, 60.0
+
+
+class ScanError(Exception):
+    """What the application's function returned cannot be an answer, or it did not return in time."""
+
+
+class Scanner:
+    """Runs the application's function; at most four at a time, each for at most 30 s."""
+
+    def __init__(self, in_use: InUse) -> None:
+        self._in_use = in_use
+        self._slots = asyncio.Semaphore(CONCURRENT)
+        self._threads = ThreadPoolExecutor(CONCURRENT, thread_name_prefix="drsm-scan")
+
+    async def scan(self, first: int, last: int, begun: Callable[[], object]) -> frozenset[int]:
+        """Ids in use. Calls `begun` right before the application's function is asked. Raises ScanError, and
+        whatever the function raises."""
+        async with self._slots:
+            begun()
+            try:
+                async with asyncio.timeout(TIMEOUT):
+                    found = await self._ask(first, last)
+            except TimeoutError:
+                raise ScanError(f"in_use({first}, {last}) did not return within {TIMEOUT:g} s") from None
+        return _checked(found, first, last)
+
+    def close(self) -> None:
+        """Start no further scan. A plain function that is running cannot be interrupted."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _ask(self, first: int, last: int) -> list[Any]:
+        most = last - first + 2
+        if _is_async(self._in_use):
+            result: Any = self._in_use(first, last)
+        else:
+            loop = asyncio.get_running_loop()
+            result = await loop.run_in_executor(self._threads, _called, self._in_use, first, last, most)
+        if inspect.isawaitable(result):
+            result = await result
+        if isinstance(result, AsyncIterable):
+            found = []
+            async for id_ in result:
+                found.append(id_)
+                if len(found) >= most:
+                    break
+            return found
+        return _listed(result, most)
+
+
+def _is_async(function: object) -> bool:
+    call = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
+    return inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call)
+
+
+def _called(in_use: InUse, first: int, last: int, most: int) -> Any:
+    """In the thread: also the reading of a lazy result."""
+    result = in_use(first, last)
+    return (
+        result if inspect.isawaitable(result) or isinstance(result, AsyncIterable) else _listed(result, most)
+    )
+
+
+def _listed(result: Any, most: int) -> list[Any]:
+    """At most `most` items: a result without end must not fill the memory."""
+    if not isinstance(result, Iterable) or isinstance(result, str | bytes):
+        raise ScanError(f"expected in_use to return an iterable of ids, found {type(result).__name__}")
+    return list(islice(result, most))
+
+
+def _checked(found: list[Any], first: int, last: int) -> frozenset[int]:
+    ids = frozenset(found)
+    if len(found) > last - first + 1:
+        raise ScanError(f"expected at most {last - first + 1} ids from {first} to {last}, found more")
+    for id_ in ids:
+        if type(id_) is not int:
+            raise ScanError(f"expected ids as int, found {type(id_).__name__}")
+        if not first <= id_ <= last:
+            raise ScanError(f"expected ids from {first} to {last}, found {id_}")
+    return ids

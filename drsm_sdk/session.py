@@ -1,0 +1,400 @@
+"""One pod's session with the agent: opened, renewed, lost, opened again, closed.
+
+Each session is a `Life`: it ends once, at once and for good, and everything that was asked in its name
+is void then. Ending comes first, before anyone is told: the leases are revoked and the stocks emptied
+without waiting for anything (guarantee G1).
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar
+
+from drsm_sdk.ambient import Backoff, Chance, Clock
+from drsm_sdk.errors import AgentUnavailable, BadRequest, DrsmError, Failed, SessionLost
+from drsm_sdk.lease import Leases
+from drsm_sdk.pods import Pod
+from drsm_sdk.rpc import Answer, Refused, Rpc, Unusable
+from drsm_sdk.tasks import Tasks
+from drsm_sdk.transport import TransportError
+from drsm_sdk.wire import messages as wire
+from drsm_sdk.wire.definition import Definition
+from drsm_sdk.wire.subjects import Subjects
+
+log = logging.getLogger("drsm_sdk")
+
+M = TypeVar("M")
+State = Literal["live", "suspect", "lapsed", "lost"]
+Listed = tuple[int, str, int | None]
+"""A chunk as `session.chunks` lists it: number, grant, hold in milliseconds (None: unmarked)."""
+
+OPEN_TIMEOUT = 2.0
+RENEW_TIMEOUT = 10.0
+RENEWALS_MAX = 20  # outstanding ones; a late answer still counts, from its own time of sending
+REOPEN_FIRST, REOPEN_MOST = 0.2, 5.0
+SUPERSEDED_FIRST, SUPERSEDED_MOST = 1.0, 60.0
+SETTLED_AFTER = 60.0  # a session that lived so long was not in a fight over its name
+STRIKES = 2  # renewals in a row whose `held` differs before the agent is asked what it sees
+RECONCILE_FIRST, RECONCILE_MOST = 0.5, 60.0
+CHUNKS_TIMEOUT = 5.0
+REPORT_TIMEOUT = 2.0
+REPORT_CHUNKS_MAX = 500  # about 25 KiB
+CLOSE_TIMEOUT = 1.0
+JOIN_TIMEOUT = 5.0
+
+
+class Member(Protocol):
+    """A pool, as its session sees it."""
+
+    def begin(self, life: "Life", definition: Definition) -> None:
+        """A session is open: build up a stock under it."""
+
+    def end(self, reason: str) -> None:
+        """It is over: issue nothing more, from this moment on. Must not wait, must not fail."""
+
+    def held(self) -> tuple[int, int]: ...
+
+    def use(self) -> wire.Use: ...
+
+    def holdings(self) -> list[tuple[int, str, bool]]:
+        """(number, grant, marked) of every chunk."""
+
+    def follow(self, listed: Sequence[Listed], version: wire.Version) -> None:
+        """The agent says what this pod holds in the pool."""
+
+    def give_back(self, count: int) -> None:
+        """The agent asks for empty chunks back."""
+
+
+@dataclass(slots=True, eq=False)
+class Life:
+    """One incarnation of this pod, from open to its end.
+
+    Answers to what was sent before `counts_from` extend no lease. `strikes` counts renewals in a row whose
+    `held` differed; `unsettled` and `reported` wake who asks the agent, or tells it, which chunks there are.
+    """
+
+    incarnation: int
+    leases: Leases
+    history: str
+    renew_period: float
+    opened_at: float
+    ended: bool = False
+    counts_from: float = float("-inf")
+    strikes: int = 0
+    outstanding: int = 0
+    reported: asyncio.Event = field(default_factory=asyncio.Event)
+    unsettled: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Session:
+    """Keeps one session open; `life` is the present one, None while there is none."""
+
+    def __init__(
+        self,
+        rpc: Rpc,
+        subjects: Subjects,
+        pod: Pod,
+        tasks: Tasks,
+        *,
+        clock: Clock,
+        chance: Chance,
+        stop_when_suspect: bool,
+    ) -> None:
+        self.pod, self.subjects = pod, subjects
+        self.clock, self.chance = clock, chance
+        self.tasks = tasks
+        self.life: Life | None = None
+        self.lost_reason = "not opened yet"
+        self.closing = False
+        self.members: dict[str, Member] = {}
+        self._rpc = rpc
+        self._stop_when_suspect = stop_when_suspect
+        self._opened = asyncio.Event()
+        self._wake = asyncio.Event()
+        self._refused: BadRequest | None = None
+        self._last_state: State = "lost"
+        rpc.transport.on_reconnect(self._wake.set)
+
+    # --- what others ask ------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """`live`, `suspect`, `lapsed`, or `lost` while there is no session."""
+        return self.life.leases.state(self.clock()) if self.life is not None else "lost"
+
+    def refusal(self) -> DrsmError:
+        """Why nothing may be issued just now."""
+        if self.tasks.failure is not None:
+            failed = Failed()
+            failed.__cause__ = self.tasks.failure
+            return failed
+        if self.life is None:
+            return SessionLost(self.lost_reason)
+        lease = "allocation" if self.state == "lapsed" else "liveness"
+        return AgentUnavailable(f"the {lease} lease has run out; no renewal was answered in time")
+
+    async def ask(
+        self, life: Life, subject: str, request: Any, kind: type[M], timeout: float, *, pool: str = ""
+    ) -> Answer[M]:
+        """A request in the name of `life`. Raises DrsmError; a verdict ends the life first."""
+        try:
+            answer = await self._rpc.call(subject, request, kind, timeout, pool=pool)
+        except Refused as refused:
+            if isinstance(refused.error, SessionLost):
+                await self._verdict(life, refused.error, refused.stamp)
+            raise refused.error from None
+        if life is not self.life:
+            raise SessionLost(self.lost_reason)
+        self._see_history(life, answer.stamp.history)
+        return answer
+
+    def owner(self, life: Life) -> wire.OwnerRef:
+        """This pod's incarnation, as owner of chunks."""
+        return wire.OwnerRef(self.pod.name, self.pod.ip, self.pod.instance, life.incarnation)
+
+    async def join(self, life: Life, pool: str, timeout: float = JOIN_TIMEOUT) -> Definition:
+        """Take part in a pool; idempotent. Raises DrsmError."""
+        request = wire.Join(self.pod.name, life.incarnation, (pool,))
+        answer = await self.ask(life, self.subjects.session("join"), request, wire.Joined, timeout, pool=pool)
+        for definition in answer.body.definitions:
+            if definition.name == pool:
+                return definition
+        raise AgentUnavailable(f"the answer to joining pool {pool} has no definition of it")
+
+    async def opened(self) -> Life:
+        """Wait for a session. Raises BadRequest when the agent refuses to open one for this pod."""
+        while self.life is None:
+            if self._refused is not None:
+                raise self._refused
+            await self._opened.wait()
+        return self.life
+
+    def end(self, life: Life, reason: str) -> None:
+        """The life is over, whoever said so. Does nothing for one that has ended before."""
+        if life is not self.life:
+            return
+        self.life, self.lost_reason = None, reason
+        self._opened.clear()
+        life.leases.revoke()
+        life.ended = True
+        for member in self.members.values():
+            member.end(reason)
+        self._wake.set()
+        level = logging.INFO if self.closing else logging.WARNING
+        log.log(level, "session %s of pod %s is over: %s", life.incarnation, self.pod.name, reason)
+
+    # --- its life -------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Open, renew until lost, and again, until this side closes."""
+        superseded = Backoff(self.chance, SUPERSEDED_FIRST, SUPERSEDED_MOST)
+        others = Backoff(self.chance, REOPEN_FIRST, REOPEN_MOST)
+        while not self.closing:
+            life = await self._open(others)
+            watches = [
+                self.tasks.start(self._reconcile(life), "reconcile"),
+                self.tasks.start(self._report(life), "report"),
+            ]
+            try:
+                await self._renew_until_over(life)
+            finally:
+                for watch in watches:
+                    watch.cancel()
+            if self.clock() - life.opened_at > SETTLED_AFTER:
+                superseded.reset()
+            others.reset()
+            await asyncio.sleep((superseded if self.lost_reason == "superseded" else others).delay())
+
+    async def close(self) -> None:
+        """Stop issuing, then say so; final even if unanswered."""
+        self.closing = True
+        life = self.life
+        if life is None:
+            return
+        self.end(life, "closed")
+        if not self._rpc.transport.connected:
+            return
+        request = wire.SessionRef(self.pod.name, life.incarnation)
+        try:
+            await self._rpc.call(self.subjects.session("close"), request, wire.Empty, CLOSE_TIMEOUT)
+        except (DrsmError, Refused) as error:
+            log.info("closing the session was not answered: %s", error)
+
+    async def _open(self, backoff: Backoff) -> Life:
+        """Ask until there is an answer; the same request again while it may have been heard."""
+        request = self._open_request()
+        while True:
+            try:
+                answer = await self._rpc.call(
+                    self.subjects.session("open"), request, wire.Opened, OPEN_TIMEOUT
+                )
+            except Refused as refused:
+                self._note_refusal(refused.error)
+                request = self._open_request()
+            except DrsmError as error:
+                self._note_refusal(error)
+            else:
+                return self._begin(answer)
+            await asyncio.sleep(backoff.delay())
+
+    def _open_request(self) -> wire.Open:
+        return wire.Open(self.pod.ref, tuple(self.members), self.chance.token())
+
+    def _begin(self, answer: Answer[wire.Opened]) -> Life:
+        opened = answer.body
+        leases = Leases(stop_when_suspect=self._stop_when_suspect)
+        leases.granted(answer.sent, opened.liveness_ms, opened.allocation_ms)
+        life = Life(
+            opened.incarnation, leases, answer.stamp.history, opened.renew_ms / 1000, opened_at=self.clock()
+        )
+        self.life, self._refused = life, None
+        self._opened.set()
+        log.info("session %s of pod %s is open", life.incarnation, self.pod.name)
+        definitions = {definition.name: definition for definition in opened.definitions}
+        for name, member in self.members.items():
+            if name in definitions:
+                member.begin(life, definitions[name])
+        return life
+
+    def _note_refusal(self, error: DrsmError) -> None:
+        if str(error) != self.lost_reason:
+            log.warning("no session: %s", error)
+        self.lost_reason = str(error)
+        if isinstance(error, BadRequest):
+            self._refused = error
+            self._opened.set()
+
+    # --- renewals -------------------------------------------------------------------------------
+
+    async def _renew_until_over(self, life: Life) -> None:
+        """Start renewals, whether or not earlier ones were answered: silence must not delay the next."""
+        while not life.ended:
+            self._note_state()
+            if life.outstanding < RENEWALS_MAX and self._rpc.transport.connected:
+                life.outstanding += 1
+                self.tasks.start(self._renew(life), "renew")
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.chance.jitter(life.renew_period)):
+                    await self._wake.wait()
+
+    async def _renew(self, life: Life) -> None:
+        held = {name: member.held() for name, member in self.members.items()}
+        use = {name: member.use() for name, member in self.members.items()}
+        request = wire.Renew(self.pod.name, life.incarnation, held, use)
+        subject = self.subjects.session("renew")
+        try:
+            answer = await self._rpc.once(subject, request, wire.Renewed, RENEW_TIMEOUT)
+        except Refused as refused:
+            if isinstance(refused.error, SessionLost):
+                await self._verdict(life, refused.error, refused.stamp)
+            else:
+                log.debug("a renewal was refused: %s", refused.error)
+        except (TransportError, Unusable, BadRequest) as error:
+            log.debug("a renewal was not answered: %s", error)
+        else:
+            self._renewed(life, answer)
+        finally:
+            life.outstanding -= 1
+
+    def _renewed(self, life: Life, answer: Answer[wire.Renewed]) -> None:
+        if life is not self.life or answer.sent < life.counts_from:
+            return
+        said = answer.body
+        life.leases.granted(answer.sent, said.liveness_ms, said.allocation_ms)
+        life.renew_period = said.renew_ms / 1000
+        self._note_state()
+        self._see_history(life, answer.stamp.history)
+        self._compare(life, said.held)
+        for name, count in said.give_back.items():
+            if name in self.members:
+                self.members[name].give_back(count)
+
+    def _note_state(self) -> None:
+        """Log transitions, not states."""
+        if self.state != self._last_state:
+            log.info("pod %s is %s (was %s)", self.pod.name, self.state, self._last_state)
+            self._last_state = self.state
+
+    # --- disagreement ---------------------------------------------------------------------------
+
+    def _compare(self, life: Life, said: dict[str, tuple[int, int]]) -> None:
+        differs = any(said[name] != member.held() for name, member in self.members.items() if name in said)
+        life.strikes = life.strikes + 1 if differs else 0
+        if life.strikes >= STRIKES:
+            life.unsettled.set()
+
+    async def _reconcile(self, life: Life) -> None:
+        """While the agent sees other chunks than this pod holds, ask which, and follow."""
+        backoff = Backoff(self.chance, RECONCILE_FIRST, RECONCILE_MOST)
+        while True:
+            await life.unsettled.wait()
+            life.unsettled.clear()
+            request = wire.SessionRef(self.pod.name, life.incarnation)
+            subject = self.subjects.session("chunks")
+            try:
+                answer = await self.ask(life, subject, request, wire.SessionChunks, CHUNKS_TIMEOUT)
+            except DrsmError as error:
+                log.info("the agent did not say which chunks this pod has: %s", error)
+            else:
+                self._follow(answer.body)
+            await asyncio.sleep(backoff.delay())
+            if not life.strikes:
+                backoff.reset()
+
+    def _follow(self, said: wire.SessionChunks) -> None:
+        for name, member in self.members.items():
+            if name in said.version:
+                listed = [(n, grant, hold) for pool, n, grant, hold in said.chunks if pool == name]
+                member.follow(listed, said.version[name])
+
+    # --- a database that lost its history -------------------------------------------------------
+
+    def _see_history(self, life: Life, history: str) -> None:
+        """Another history: the database may have been restored. Say which chunks are in use here."""
+        if history != life.history:
+            life.history = history
+            life.reported.set()
+
+    async def _report(self, life: Life) -> None:
+        while True:
+            await life.reported.wait()
+            life.reported.clear()
+            try:
+                await self._report_all(life, CHUNKS_TIMEOUT)
+            except Refused as refused:
+                if isinstance(refused.error, SessionLost):
+                    self.end(life, refused.error.reason)
+                log.warning("reporting this pod's chunks was refused: %s", refused.error)
+            except DrsmError as error:
+                log.warning("reporting this pod's chunks was not answered: %s", error)
+                life.reported.set()
+                await asyncio.sleep(self.chance.jitter(1.0))
+
+    async def _report_all(self, life: Life, timeout: float) -> None:
+        """Raises Refused and DrsmError."""
+        chunks = [(name, *chunk) for name, member in self.members.items() for chunk in member.holdings()]
+        for i in range(0, max(len(chunks), 1), REPORT_CHUNKS_MAX):
+            request = wire.Report(self.pod.name, life.incarnation, tuple(chunks[i : i + REPORT_CHUNKS_MAX]))
+            await self._rpc.call(self.subjects.session("report"), request, wire.Reported, timeout)
+        life.unsettled.set()
+
+    async def _verdict(self, life: Life, lost: SessionLost, stamp: wire.Stamp | None) -> None:
+        """The agent says that the session is over. From a database with another history that may only
+        mean that it was restored to before this session: then, and with nothing issued meanwhile, report
+        first."""
+        if life is not self.life:
+            return
+        if stamp is None or stamp.history == life.history:
+            self.end(life, lost.reason)
+            return
+        life.history = stamp.history
+        life.leases.revoke()
+        life.counts_from = self.clock()
+        try:
+            await self._report_all(life, REPORT_TIMEOUT)
+        except (DrsmError, Refused):
+            self.end(life, lost.reason)

@@ -1,0 +1,328 @@
+"""Keeping one pool's stock supplied under one session: asking for chunks, taking up claimed ones and
+having them scanned, giving empty ones back.
+
+A supply lives as long as its session's `Life`. When that ends, `end` stops it at once; whatever is still
+answered then reaches nobody.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from drsm_sdk import demand
+from drsm_sdk.ambient import Backoff
+from drsm_sdk.changes import Change, Gained, GivenBack, Lost, ScanFailed, Scanned, ranges
+from drsm_sdk.errors import AgentUnavailable, BadRequest, DrsmError, PoolExhausted
+from drsm_sdk.scan import RETRY_FIRST, RETRY_MOST, Scanner
+from drsm_sdk.session import Life, Listed, Session
+from drsm_sdk.stock import Chunk, Stock
+from drsm_sdk.wire import messages as wire
+from drsm_sdk.wire.definition import Definition
+
+log = logging.getLogger("drsm_sdk")
+
+TICK = 1.0
+ASK_TIMEOUT = 5.0
+ASK_RETRY_FIRST, ASK_RETRY_MOST = 0.1, 5.0
+IDLE = 60.0  # seconds that a chunk stays empty before it goes back
+PAIRS_MAX = 1000  # of one `release` or `scanned` request
+
+
+class Supply:
+    """`trouble` is the last error in asking for chunks, None after a success; `verdicts` counts how often
+    the agent said that the pool is exhausted.
+
+    `first` is set once it is known whether there is stock at all: a first open chunk, or the verdict that
+    there is none. `told` gets every change; `changed` is called when waiting callers should look again.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        life: Life,
+        definition: Definition,
+        scanner: Scanner | None,
+        *,
+        told: Callable[[Change], None],
+        changed: Callable[[], None],
+    ) -> None:
+        self.stock = Stock(definition)
+        self.life = life
+        self.wanted = definition.slots
+        self.trouble: DrsmError | None = None
+        self.verdicts = 0
+        self.first = asyncio.Event()
+        self._session, self._scanner = session, scanner
+        self._told, self._changed = told, changed
+        self._clock, self._chance = session.clock, session.chance
+        self._rate = demand.Rate()
+        self._wake_refill, self._urgent = asyncio.Event(), asyncio.Event()
+        self._wake_returns = asyncio.Event()
+        self._scans: dict[tuple[int, str], asyncio.Task[Any]] = {}
+        self._acquired: wire.Version = (0, 0)
+        self._listed: wire.Version = (0, 0)
+        self._asked_back = 0
+        self._tasks = [
+            session.tasks.start(self._refill(), f"refill-{self.name}"),
+            session.tasks.start(self._return(), f"return-{self.name}"),
+            session.tasks.start(self._tick(), f"tick-{self.name}"),
+        ]
+
+    @property
+    def name(self) -> str:
+        return self.stock.definition.name
+
+    @property
+    def rate(self) -> float:
+        """Ids per second that the stock lost of late: issued, less those that became free again."""
+        return self._rate.value
+
+    def wake(self) -> None:
+        """There is less in stock than wanted."""
+        self._wake_refill.set()
+
+    def urge(self) -> None:
+        """Somebody waits, or there is reason to hope: ask again even if the last answer was a refusal."""
+        self._wake_refill.set()
+        self._urgent.set()
+
+    def give_back(self, count: int) -> None:
+        """The agent asks for up to `count` chunks back, needed here or not."""
+        self._asked_back = count
+        self._wake_returns.set()
+
+    def end(self) -> None:
+        """Stop at once."""
+        for task in (*self._tasks, *self._scans.values()):
+            task.cancel()
+
+    # --- taking up and dropping -----------------------------------------------------------------
+
+    def claimed(self, chunks: Sequence[tuple[int, str]], hold_ms: int, version: wire.Version) -> None:
+        """The agent announced that this pod now owns chunks that were another's."""
+        self._acquired = max(self._acquired, version)
+        self._take_up([(n, grant, hold_ms) for n, grant in chunks])
+
+    def follow(self, listed: Sequence[Listed], version: wire.Version) -> None:
+        """Make the stock what the agent lists, unless something newer was taken up: take up what is not
+        known, drop what is not listed, and from then on drop answers that are older than this list."""
+        if version < self._acquired:
+            return
+        self._listed = max(self._listed, version)
+        held = {(n, grant) for n, grant, _ in listed}
+        self._drop([chunk.n for chunk in self.stock if (chunk.n, chunk.grant) not in held])
+        for n, grant in self.stock.retired():
+            if (n, grant) not in held:
+                self.stock.settle(n, grant)
+        for n, grant, hold_ms in listed:
+            self.stock.set_mark(n, grant, marked=hold_ms is not None)
+        self._take_up(listed)
+        self._wake_returns.set()
+
+    def _take_up(self, chunks: Sequence[Listed]) -> None:
+        now = self._clock()
+        added: dict[int | None, list[Chunk]] = {}
+        for n, grant, hold_ms in chunks:
+            if n in self.stock and self.stock.get(n, grant) is None:
+                self._drop([n])
+            chunk = self.stock.add(n, grant, now, None if hold_ms is None else now + hold_ms / 1000)
+            if chunk is not None:
+                added.setdefault(hold_ms, []).append(chunk)
+        for hold_ms, new in added.items():
+            numbers = tuple(chunk.n for chunk in new)
+            self._told(Gained(self.name, numbers, hold_ms is not None, (hold_ms or 0) / 1000))
+            for chunk in new:
+                self._expect_scan(chunk)
+            if hold_ms is None:
+                self.first.set()
+                self._changed()
+
+    def _drop(self, numbers: Sequence[int]) -> None:
+        if not numbers:
+            return
+        issued = [id_ for n in numbers for id_ in self.stock.drop(n)]
+        for (n, _), task in list(self._scans.items()):
+            if n in numbers:
+                task.cancel()
+        log.warning("pool %s: chunks %s are no longer this pod's", self.name, numbers)
+        self._told(Lost(self.name, tuple(numbers), ranges(issued)))
+
+    # --- asking for chunks ----------------------------------------------------------------------
+
+    async def _refill(self) -> None:
+        """One request at a time, whenever there is less than wanted; repeated until it is answered."""
+        backoff = Backoff(self._chance, ASK_RETRY_FIRST, ASK_RETRY_MOST)
+        request: wire.Acquire | None = None
+        while True:
+            request = request or self._request()
+            if request is None or self._session.state != "live":
+                self._wake_refill.clear()
+                await self._wake_refill.wait()
+                continue
+            try:
+                answer = await self._ask("acquire", request, wire.Acquired)
+            except AgentUnavailable as error:  # perhaps it was heard: the same request once more
+                self._ask_failed(error)
+                await asyncio.sleep(backoff.delay())
+            except DrsmError as error:
+                request = None
+                self._ask_failed(error)
+                await self._pause(backoff.delay())
+            else:
+                request = None
+                self.trouble = None
+                backoff.reset()
+                self._granted(answer)
+
+    def _request(self) -> wire.Acquire | None:
+        count = demand.chunks_to_ask(self.stock.free, self.wanted, self.stock.definition.slots)
+        return wire.Acquire(*self._who(), count, self._chance.token()) if count else None
+
+    async def _pause(self, delay: float) -> None:
+        """Do not ask again at once what was just refused, except when somebody needs it."""
+        self._urgent.clear()
+        await asyncio.sleep(self._chance.jitter(ASK_RETRY_FIRST))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay):
+                await self._urgent.wait()
+
+    def _granted(self, answer: wire.Acquired) -> None:
+        if answer.version < self._listed:
+            return  # the agent has since said which chunks this pod holds
+        self._acquired = max(self._acquired, answer.version)
+        self._take_up([(n, grant, None) for n, grant in answer.chunks])
+
+    def _ask_failed(self, error: DrsmError) -> None:
+        if str(error) != str(self.trouble):
+            log.warning("pool %s: no chunks: %s", self.name, error)
+        self.trouble = error
+        if isinstance(error, PoolExhausted):
+            self.verdicts += 1
+            self.first.set()
+        self._changed()
+
+    # --- giving back, and reporting scans -------------------------------------------------------
+
+    async def _return(self) -> None:
+        """Tell the agent which scans are finished and which chunks are given back, until it has answered."""
+        backoff = Backoff(self._chance, ASK_RETRY_FIRST, ASK_RETRY_MOST)
+        while True:
+            await self._wake_returns.wait()
+            self._wake_returns.clear()
+            if self._session.state != "live":
+                continue
+            self._retire()
+            try:
+                await self._report_scanned()
+                await self._release()
+            except DrsmError as error:
+                log.info("pool %s: returning chunks: %s", self.name, error)
+                await asyncio.sleep(backoff.delay())
+                self._wake_returns.set()
+            else:
+                backoff.reset()
+
+    def _retire(self) -> None:
+        """From here on nothing is issued from these chunks, whatever becomes of the request."""
+        now = self._clock()
+        slots = self.stock.definition.slots
+        numbers = self.stock.retire(now, idle=IDLE, keep=demand.ids_to_keep(self.wanted), most=PAIRS_MAX)
+        if self._asked_back > len(numbers):
+            numbers += self.stock.retire(now, idle=0.0, keep=slots, most=self._asked_back - len(numbers))
+        self._asked_back = 0
+        if numbers:
+            self._told(GivenBack(self.name, tuple(numbers)))
+
+    async def _release(self) -> None:
+        pairs = self.stock.retired()[:PAIRS_MAX]
+        if not pairs:
+            return
+        answer = await self._ask("release", wire.ChunkList(*self._who(), tuple(pairs)), wire.Released)
+        for n, grant in pairs:
+            if n in answer.released:
+                self.stock.settle(n, grant)
+
+    async def _report_scanned(self) -> None:
+        pairs = [(chunk.n, chunk.grant) for chunk in self.stock.unreported()][:PAIRS_MAX]
+        if not pairs:
+            return
+        answer = await self._ask("scanned", wire.ChunkList(*self._who(), tuple(pairs)), wire.Cleared)
+        for n, grant in pairs:
+            if n in answer.cleared:
+                self.stock.set_mark(n, grant, marked=False)
+
+    # --- scanning -------------------------------------------------------------------------------
+
+    def _expect_scan(self, chunk: Chunk) -> None:
+        free = self.stock.definition.unscanned == "free"
+        if chunk.hold_until is None or (self._scanner is None and not free):
+            return  # open already; or owned, routed, and never issued from
+        key = (chunk.n, chunk.grant)
+        task = self._session.tasks.start(self._scan(chunk, chunk.hold_until), f"scan-{self.name}")
+        self._scans[key] = task
+        task.add_done_callback(lambda _: self._scans.pop(key, None))
+
+    async def _scan(self, chunk: Chunk, hold_until: float) -> None:
+        left = hold_until - self._clock()
+        while left > 0:  # the loop's clock and the pod's need not run alike
+            await asyncio.sleep(left)
+            left = hold_until - self._clock()
+        in_use = await self._in_use(chunk)
+        done = self.stock.finish_scan(chunk.n, chunk.grant, in_use, self._clock())
+        if done is not None:
+            self._told(Scanned(self.name, chunk.n, *done))
+            self.first.set()
+            self._changed()
+            self._wake_returns.set()
+
+    async def _in_use(self, chunk: Chunk) -> frozenset[int]:
+        """What the application says, asked until it gives an answer that can be one."""
+        definition = self.stock.definition
+        first, last = definition.first_id(chunk.n), definition.last_id(chunk.n)
+        backoff = Backoff(self._chance, RETRY_FIRST, RETRY_MOST)
+        attempt = 0
+        while self._scanner is not None:
+            attempt += 1
+            try:
+                return await self._scanner.scan(
+                    first, last, lambda: self.stock.begin_scan(chunk.n, chunk.grant)
+                )
+            except Exception as error:  # whatever the application's function raises
+                said = f"{type(error).__name__}: {error}"
+                log.warning("pool %s: scan %d of chunk %d failed: %s", self.name, attempt, chunk.n, said)
+                self._told(ScanFailed(self.name, chunk.n, attempt, said))
+            await asyncio.sleep(backoff.delay())
+        return frozenset()
+
+    # --- the clock ------------------------------------------------------------------------------
+
+    async def _tick(self) -> None:
+        """What only time brings about: a new rate, ids out of quarantine, chunks that stayed empty."""
+        while True:
+            now = self._clock()
+            self._rate.sample(now, self.stock.drawn)
+            self.wanted = demand.wanted(self._rate.value, self.stock.definition.slots)
+            if self.stock.thaw(now):
+                self._changed()
+            if self.stock.free < self.wanted:
+                self._wake_refill.set()
+            self._wake_returns.set()
+            await asyncio.sleep(self._chance.jitter(TICK))
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _who(self) -> tuple[str, int]:
+        return self._session.pod.name, self.life.incarnation
+
+    async def _ask(self, verb: str, request: Any, kind: type[Any]) -> Any:
+        subject = self._session.subjects.pool(self.name, verb)
+        try:
+            answer = await self._session.ask(self.life, subject, request, kind, ASK_TIMEOUT, pool=self.name)
+        except BadRequest as error:
+            if error.error != "not_joined":
+                raise
+            await self._session.join(self.life, self.name)  # a restored database may not know it
+            raise AgentUnavailable(str(error)) from None
+        return answer.body

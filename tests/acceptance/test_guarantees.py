@@ -1,0 +1,228 @@
+"""G4 and G5 on real servers: announced before used, and tables that end up equal to MongoDB's."""
+
+import asyncio
+import random
+from collections import defaultdict
+
+import nats
+from nats.aio.msg import Msg
+
+from drsm_agent.embedded import Stack
+from drsm_sdk import Demux
+from drsm_sdk.wire import codec
+from drsm_sdk.wire import messages as m
+from drsm_sdk.wire.subjects import Subjects
+from tests.harness import POOL, Domain, Failed, Requester, mongo_client, mongo_table, requester, within
+
+PODS, ACQUIRES = 30, 10
+
+
+async def test_no_reply_precedes_the_event_that_names_the_owner(domain: Domain) -> None:
+    """G4: events and replies are recorded by one subscription, which sees them in the server's order."""
+    client = await nats.connect(domain.nats_url)
+    subjects = Subjects(domain.prefix)
+    recorded: list[Msg] = []
+    answered = asyncio.Event()
+
+    async def record(message: Msg) -> None:
+        recorded.append(message)
+        answered.set()
+
+    async with requester(domain.nats_url, domain.prefix) as asking, domain.agent():
+        await client.subscribe(f"{domain.prefix}.>", cb=record)
+        await client.flush()
+        pods = [(f"amf-{i}", (await asking.open(f"amf-{i}")).incarnation) for i in range(PODS)]
+        for round_ in range(ACQUIRES):
+            for name, incarnation in pods:
+                request = m.Acquire(name, incarnation, 2, f"{name}-{round_}")
+                reply = f"{domain.prefix}.reply.{name}.{round_}"
+                data = codec.encode(codec.to_map(request))
+                await asking.client.publish(subjects.pool(POOL, "acquire"), data, reply=reply)
+        async with asyncio.timeout(30):
+            while sum(".reply." in message.subject for message in recorded) < PODS * ACQUIRES:
+                answered.clear()
+                await answered.wait()
+    await client.close()
+    announced: set[int] = set()
+    replies = 0
+    for message in recorded:
+        if message.subject == subjects.event(POOL, "chunk.allocated"):
+            announced |= set(codec.unpack(m.ChunkAllocated, message.data).chunks)
+        elif ".reply." in message.subject:
+            granted = {n for n, _ in codec.unpack(m.Acquired, message.data).chunks}
+            assert granted
+            assert granted <= announced
+            replies += 1
+    assert replies == PODS * ACQUIRES
+
+
+class Storm:
+    """Bare pods that acquire and release as they like, some of which fall silent for ever."""
+
+    def __init__(self, asking: Requester, seed: int) -> None:
+        self._asking, self._random = asking, random.Random(seed)
+        self._held: dict[tuple[str, int], list[tuple[int, str]]] = defaultdict(list)
+        self.done = 0
+
+    async def pod(self, name: str, operations: int, *, dies_after: int | None = None) -> None:
+        key = (name, (await self._asking.open(name, request_id=f"{name}-{self.done}")).incarnation)
+        renewing = asyncio.create_task(self._renew(key))
+        try:
+            for number in range(operations):
+                if number == dies_after:
+                    return
+                await self._one(key, number)
+                self.done += 1
+            await asyncio.Event().wait()
+        finally:
+            renewing.cancel()
+            await asyncio.wait([renewing])
+
+    async def _one(self, key: tuple[str, int], number: int) -> None:
+        held = self._held[key]
+        if held and self._random.random() < 0.4:
+            listed = m.ChunkList(*key, tuple(held[:1]))
+            await self._asking.ask(self._asking.subjects.pool(POOL, "release"), listed, m.Released, 20)
+            del held[:1]
+            return
+        request = m.Acquire(*key, self._random.randint(1, 3), f"{key[0]}-{key[1]}-{number}")
+        acquired = await self._asking.ask(
+            self._asking.subjects.pool(POOL, "acquire"), request, m.Acquired, 20
+        )
+        held.extend(acquired.chunks)
+
+    async def _renew(self, key: tuple[str, int]) -> None:
+        while True:
+            await self._asking.renew(*key)
+            await asyncio.sleep(0.5)
+
+
+async def test_after_a_storm_every_demux_equals_mongodb(domain: Domain) -> None:
+    """G5: 2,000 acquires and releases of 25 pods, five of which die on the way and three come back."""
+    async with domain.served() as asking, connected(domain) as early, asyncio.TaskGroup() as tasks:
+        storm = Storm(asking, seed=20)
+        living = [tasks.create_task(storm.pod(f"amf-{i}", 90)) for i in range(20)]
+        dying = [tasks.create_task(storm.pod(f"smf-{i}", 90, dies_after=40)) for i in range(5)]
+        await within(asyncio.wait(dying), 60)
+        living += [tasks.create_task(storm.pod(f"smf-{i}", 20)) for i in range(3)]
+        async with connected(domain) as late:
+            await asking.seen(lambda: storm.done >= 20 * 90 + 5 * 40 + 3 * 20)
+            await asking.seen(lambda: len(asking.of(m.PodDown)) >= 5)
+            await no_orphans(asking)
+            await agree(asking, domain, early, late)
+        for task in living:
+            task.cancel()
+        assert storm.done >= 2000
+        assert {event.pod.name for event in asking.of(m.PodDown)} == {f"smf-{i}" for i in range(5)}
+        assert asking.of(m.ChunkClaimed)
+
+
+def connected(domain: Domain) -> Demux:
+    return Demux.connect(domain.nats_url, POOL, prefix=domain.prefix)
+
+
+async def no_orphans(asking: Requester) -> None:
+    """Wait until every chunk has a living owner."""
+    async with asyncio.timeout(20):
+        while (await asking.ask(asking.subjects.pools, m.Empty(), m.Pools)).pools[0].orphans:
+            seen = len(asking.events)
+            await asking.seen(lambda: len(asking.events) > seen)  # noqa: B023
+
+
+async def agree(asking: Requester, domain: Domain, *demuxes: Demux) -> None:
+    """Every demux has exactly MongoDB's table at a `sync` whose version it holds."""
+    seen = len(asking.events)
+    await asking.seen(lambda: any(isinstance(body, m.Sync) for _, body in asking.events[seen:]))
+    truth = await mongo_table(domain)
+    for demux in demuxes:
+        assert demux.synced
+        assert {n: owner.key for n, owner in demux.chunks().items()} == truth
+    assert truth
+
+
+async def test_a_thousand_pods_that_start_at_once_are_served_in_a_few_round_trips(
+    domain: Domain,
+) -> None:
+    """Requests of one moment share one bulk write: sessions, first requests and chunks."""
+    async with domain.served() as asking:
+        before = await mongo_commands(domain)
+        names = [f"amf-{i}" for i in range(1000)]
+        opened = await asyncio.gather(*[asking.open(name) for name in names])
+        incarnations = {answer.incarnation for answer in opened}
+        acquired = await asyncio.gather(
+            *[asking.acquire(n, o.incarnation, 1, n) for n, o in zip(names, opened, strict=True)]
+        )
+        after = await mongo_commands(domain)
+        assert len(incarnations) == 1000
+        assert len({n for answer in acquired for n, _ in answer.chunks}) == 1000
+        assert after - before < 100
+
+
+async def mongo_commands(domain: Domain) -> int:
+    """Inserts and updates that MongoDB was sent, as commands."""
+    async with mongo_client(domain) as client:
+        commands = (await client.admin.command("serverStatus"))["metrics"]["commands"]
+        return int(commands["insert"]["total"]) + int(commands["update"]["total"])
+
+
+async def test_a_request_that_waits_for_the_store_holds_up_no_other() -> None:
+    """MongoDB stands still: one pod's acquire waits, while another's question is answered at once."""
+    async with Stack() as stack:
+        domain = Domain(stack.mongo_url, stack.nats_url, "drsm", "drsm")
+        async with domain.served(leader_ttl=10.0, allocation_ttl=300.0) as asking:
+            pod = (await asking.open("amf-1")).incarnation
+            await asking.renew("amf-1", pod)
+            member = stack.mongo.members[0]
+            member.pause()
+            try:
+                waiting = asyncio.create_task(asking.acquire("amf-1", pod))
+                for _ in range(20):
+                    pools = await asking.ask(asking.subjects.pools, m.Empty(), m.Pools, 1.0)
+                    assert pools.leader.term == 1
+                assert not waiting.done()
+            finally:
+                member.resume()
+            assert (await within(waiting)).chunks
+
+
+async def test_a_store_that_stays_away_is_a_typed_error_within_the_requests_deadline() -> None:
+    """`store_unavailable` and `retry`, while the agent still leads; and the same request then succeeds."""
+    async with Stack() as stack:
+        domain = Domain(stack.mongo_url, stack.nats_url, "drsm", "drsm")
+        async with domain.served(leader_ttl=30.0, liveness_ttl=60.0) as asking:
+            pod = (await asking.open("amf-1")).incarnation
+            await asking.renew("amf-1", pod)
+            member = stack.mongo.members[0]
+            member.pause()
+            try:
+                request = m.Acquire("amf-1", pod, 1, "again")
+                subject = asking.subjects.pool(POOL, "acquire")
+                failed = await within(_failure(asking, subject, request), 12)
+                assert (failed.failure.error, failed.failure.retry) == ("store_unavailable", True)
+            finally:
+                member.resume()
+            async with asyncio.timeout(20):
+                acquired = await _until_served(asking, subject, request)
+            assert len(acquired.chunks) == 1
+            # The write thought lost may still come late: then the pod owns a chunk that it has not heard
+            # of, and this list is how it learns of it. It never belongs to anybody else.
+            ref = m.SessionRef("amf-1", pod)
+            listed = await asking.ask(asking.subjects.session("chunks"), ref, m.SessionChunks)
+            assert {(POOL, *chunk, None) for chunk in acquired.chunks} <= set(listed.chunks)
+            assert len(listed.chunks) == (await asking.renew("amf-1", pod)).held[POOL][0] <= 2
+
+
+async def _failure(asking: Requester, subject: str, request: m.Acquire) -> Failed:
+    try:
+        await asking.ask(subject, request, m.Acquired, 10)
+    except Failed as error:
+        return error
+    raise AssertionError("the request was served although the store stands still")
+
+
+async def _until_served(asking: Requester, subject: str, request: m.Acquire) -> m.Acquired:
+    while True:
+        try:
+            return await asking.ask(subject, request, m.Acquired, 10)
+        except Failed:
+            continue

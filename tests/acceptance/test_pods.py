@@ -1,0 +1,134 @@
+"""A pod's life with the real agent: stock, silence, restart of the agent, loss of the session."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from drsm_agent.demo.contexts import Contexts
+from drsm_sdk import AgentUnavailable, Demux, Drsm, NotAllocated, NotOwner, Pod, Pool, PoolExhausted
+from drsm_sdk.changes import Gained, Scanned
+from tests.acceptance.test_original_list import demux_of, event, pod, pod_process
+from tests.harness import POOL, Domain, eventually, requester
+
+
+async def test_a_double_release_is_an_error_and_a_foreign_id_is_not_owned(domain: Domain) -> None:
+    """What is in use is known; nothing changes by a wrong release."""
+    async with domain.agent(), pod(domain, "amf-1") as one, pod(domain, "amf-2") as two:
+        id_ = await one.allocate()
+        with pytest.raises(NotOwner):
+            two.release(id_)
+        one.release(id_)
+        with pytest.raises(NotAllocated):
+            one.release(id_)
+        with pytest.raises((NotOwner, NotAllocated)):
+            one.release(0)
+
+
+async def test_a_released_id_is_issued_again_last(domain: Domain) -> None:
+    """FIFO: all others of the chunk come before it."""
+    pools = [{"name": POOL, "bits": 10, "block_bits": 5, "slots": 30}]
+    async with domain.agent(pools=pools), pod(domain, "amf-1") as pool:
+        first = await pool.allocate()
+        pool.release(first)
+        issued = [await pool.allocate() for _ in range(29)]
+        assert first not in issued[:28]
+
+
+async def test_stock_is_kept_ahead_so_that_a_burst_of_a_chunk_never_waits(domain: Domain) -> None:
+    """At least one chunk ahead: as many ids as a chunk has can be taken without any wait."""
+    async with domain.agent(), pod(domain, "amf-1") as pool:
+        await pool.allocate()
+        await eventually(lambda: pool.stats.free >= 1000)
+        assert len({pool.allocate_nowait() for _ in range(1000)}) == 1000
+
+
+async def test_exhaustion_is_an_error_at_once_and_release_makes_room(domain: Domain) -> None:
+    """Two pods share a pool of 127 ids: each is issued once, then both are told."""
+    pools = [{"name": POOL, "bits": 10, "block_bits": 5, "slots": 4}]
+    async with domain.agent(pools=pools), pod(domain, "amf-1") as one, pod(domain, "amf-2") as two:
+        ids: list[int] = []
+        for pool in (one, two):
+            with pytest.raises(PoolExhausted):
+                await take_all(pool, ids)
+        assert len(ids) == len(set(ids)) == 32 * 4 - 1
+        one.release(next(id_ for id_ in ids if one.owner(id_) == one.owner(ids[0])))
+        assert await one.allocate()
+
+
+async def take_all(pool: Pool, ids: list[int]) -> None:
+    while True:
+        ids.append(await pool.allocate(timeout=5))
+
+
+async def test_allocation_goes_on_from_stock_while_the_agent_is_away_and_owners_stay_known(
+    domain: Domain,
+) -> None:
+    """G6: no agent for a while; ids are issued, routed, and nobody is lost when it is back in time."""
+    async with requester(domain.nats_url, domain.prefix) as asking:
+        async with domain.agent():
+            drsm = Drsm.connect(domain.nats_url, Pod("amf-1", "10.0.0.1", "nf"), prefix=domain.prefix)
+            await drsm.__aenter__()
+            pool = await drsm.join(POOL)
+            demux = Demux.connect(domain.nats_url, POOL, prefix=domain.prefix)
+            await demux.__aenter__()
+            incarnation = drsm.incarnation
+        try:
+            ids = [pool.allocate_nowait() for _ in range(500)]
+            assert {owner.name for id_ in ids if (owner := demux.owner(id_))} == {"amf-1"}
+            async with domain.agent():
+                resets = [r for r in asking.raw if r.subject.endswith("reset")]
+                assert len(resets) == 2
+                ids += [await pool.allocate(timeout=10) for _ in range(2000)]
+                assert len(ids) == len(set(ids))
+                assert drsm.incarnation == incarnation
+                await eventually(lambda: demux.synced and all(demux.owner(id_) for id_ in ids))
+        finally:
+            await demux.__aexit__(None, None, None)
+            await drsm.__aexit__(None, None, None)
+
+
+async def test_without_renewals_a_pod_becomes_suspect_and_then_stops_issuing(domain: Domain) -> None:
+    """Suspect after `L`, which stops nothing; after `A` nothing is issued any more."""
+    short = {"allocation_ttl": 4.0, "liveness_ttl": 2.5, "pools": [{"name": POOL, "usage_lag_ms": 0}]}
+    identity = Pod("amf-1", "10.0.0.1", "nf")
+    async with domain.agent(**short) as agent:
+        async with Drsm.connect(domain.nats_url, identity, prefix=domain.prefix) as drsm:
+            pool = await drsm.join(POOL)
+            assert drsm.state == "live"
+            assert agent.task is not None
+            agent.task.cancel()  # the agent is gone without a word to the pod
+            await asyncio.wait([agent.task])
+            await eventually(lambda: drsm.state == "suspect")
+            assert pool.allocate_nowait()
+            await eventually(lambda: drsm.state == "lapsed")
+            with pytest.raises(AgentUnavailable):
+                pool.allocate_nowait()
+
+
+async def test_a_claimed_chunk_is_held_then_scanned_then_used(domain: Domain, tmp_path: Path) -> None:
+    """Nothing is issued from it before the hold; what the scan reports stays issued, the rest is free."""
+    short = {"allocation_ttl": 3.5, "pools": [{"name": POOL, "bits": 11, "usage_lag_ms": 0}]}
+    contexts = Contexts(tmp_path / "contexts.sqlite")
+    identity = Pod("amf-2", "10.0.0.2", "nf")
+    async with domain.agent(**short), demux_of(domain) as demux:
+        async with pod_process(domain, "amf-1", tmp_path) as victim:
+            await victim.ask("allocate 700", "allocated")
+            used = contexts.of("amf-1")
+            async with Drsm.connect(domain.nats_url, identity, prefix=domain.prefix) as drsm:
+                pool = await drsm.join(POOL, in_use=contexts.in_use, timeout=5)
+                changes = pool.changes()
+                victim.kill()
+                gained = await event(changes, Gained)
+                held_at = asyncio.get_running_loop().time()
+                assert gained.marked
+                assert gained.hold >= 3.5
+                in_use = 0
+                for _ in gained.chunks:
+                    in_use += (await event(changes, Scanned)).in_use
+                assert asyncio.get_running_loop().time() - held_at >= 3.4
+                assert in_use == 700
+                fresh = [await pool.allocate(timeout=5) for _ in range(2000 - 1 - 700)]
+                assert not set(fresh) & set(used)
+                assert {owner.name for id_ in used if (owner := demux.owner(id_))} == {"amf-2"}
+                pool.release(used[0])
