@@ -16,7 +16,8 @@ import typer
 from rich.console import Console
 
 from drsm_agent import logs, settings
-from drsm_agent.errors import AgentError, Misconfigured
+from drsm_agent.embedded.errors import EmbeddedError
+from drsm_agent.errors import AgentError, Misconfigured, leaf
 from drsm_agent.service import running
 
 FAULT, REFUSED = 1, 2
@@ -108,7 +109,7 @@ def _finish(work: Callable[[], Awaitable[None]]) -> None:
     """Run to the end and turn faults into one line and an exit code."""
     try:
         asyncio.run(_awaited(work))
-    except* Misconfigured as group:
+    except* (Misconfigured, EmbeddedError) as group:
         _fail(group, REFUSED)
     except* AgentError as group:
         _fail(group, FAULT)
@@ -118,11 +119,9 @@ async def _awaited(work: Callable[[], Awaitable[None]]) -> None:
     await work()
 
 
-def _fail(group: "BaseExceptionGroup[AgentError]", code: int) -> None:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    print(f"drsm-agent: {error}", file=sys.stderr)
+def _fail(group: BaseExceptionGroup, code: int) -> None:
+    error = leaf(group)
+    print("\n".join([f"drsm-agent: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
     raise SystemExit(code)
 
 

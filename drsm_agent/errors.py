@@ -40,6 +40,13 @@ class Misconfigured(AgentError):
     """Refused at start; the text says what was expected, what was found and what to do."""
 
 
+def leaf(error: BaseException) -> BaseException:
+    """The first error itself, out of the groups that task groups wrap around it."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 class Refused(AgentError):
     """A request gets this error answer."""
 

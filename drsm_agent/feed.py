@@ -8,6 +8,7 @@ lost it reads everything anew; whoever used the old table is told by `lost`.
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import structlog
@@ -135,9 +136,10 @@ class Feed:
         while True:
             try:
                 after = None if token else state.table.started
-                async for batch in self._store.changes(after=after, token=token):
-                    await self._take(state, batch)
-                    token, delay = batch.token, RETRY_MIN
+                async with aclosing(self._store.changes(after=after, token=token)) as batches:
+                    async for batch in batches:
+                        await self._take(state, batch)
+                        token, delay = batch.token, RETRY_MIN
                 log.warning("stream_ended", action="opening it again")
             except StoreUnavailable as error:
                 log.warning("stream_interrupted", error=str(error))

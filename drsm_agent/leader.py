@@ -22,7 +22,7 @@ from drsm_agent.core.lease import Leases
 from drsm_agent.core.session import LivenessLeases
 from drsm_agent.core.table import Table
 from drsm_agent.endpoints import Endpoints
-from drsm_agent.errors import BusUnavailable, LeadLost, PositionLost, StoreUnavailable
+from drsm_agent.errors import BusUnavailable, LeadLost, PositionLost, StoreUnavailable, leaf
 from drsm_agent.feed import Entry, Feed, Position, State
 from drsm_agent.lead import Lead
 from drsm_agent.metrics import Metrics
@@ -76,7 +76,7 @@ class Leader:
             try:
                 await self._lead()
             except* LeadLost as lost:
-                log.warning("lead_lost", reason=str(lost.exceptions[0]))
+                log.warning("lead_lost", reason=str(leaf(lost)))
             finally:
                 self.leading.clear()
                 self._parts.metrics.leading.set(0)

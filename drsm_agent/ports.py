@@ -7,7 +7,7 @@ for the simulator. The agent's tasks know only what is written here (and asyncio
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,7 +76,7 @@ class Store(Protocol):
     async def snapshot(self) -> Snapshot:
         """Read sessions, stamps and all pools at one cluster time."""
 
-    def changes(self, *, after: int | None = None, token: str | None = None) -> AsyncIterator[Batch]:
+    def changes(self, *, after: int | None = None, token: str | None = None) -> AsyncGenerator[Batch, None]:
         """Every change of those spaces after a snapshot's cluster time, or after a token; without end.
 
         Idle batches come too, about once a second. Raises PositionLost when it can never go on from

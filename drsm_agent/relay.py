@@ -71,11 +71,12 @@ class Relay:
 
     # --- What requests and claims use -----------------------------------------------------------
 
-    async def commit(self, decided: Sequence[Write]) -> Outcome:
+    async def commit(self, decided: Sequence[Write], shown: Callable[[], bool] = lambda: True) -> Outcome:
         """Write, and return once all that it changed was published, and the server has it.
 
         Raises StoreUnavailable when the outcome is unknown, LeadLost. A guard that did not match is no
-        error: look at the table, which has then passed the write.
+        error: look at the table, which has then passed the write. `shown` says whether the table shows the
+        result, where another change of the same documents may be under way and be taken for it.
         """
         self._lead.check()
         expected = self._expect((write.space, write.key) for write in decided)
@@ -83,7 +84,7 @@ class Relay:
             outcome = await self._store.write(decided)
             if outcome.changed == len(decided):
                 await _within(SHOWN_TIMEOUT, asyncio.gather(*expected))
-            else:
+            if outcome.changed != len(decided) or not shown():
                 await self.barrier()
         except StoreUnavailable:
             self._unknown = True

@@ -137,7 +137,7 @@ class Requests:
             chunks=tuple(
                 (pool, chunk.n, chunk.grant, chunk.hold_ms if chunk.marked else None) for pool, chunk in owned
             ),
-            version={pool: self._table.pools[pool].version for pool in session.pools},
+            version={p: self._table.pools[p].version for p in session.pools if p in self._table.pools},
         )
 
     async def close(self, request: m.SessionRef) -> m.Empty:
@@ -236,14 +236,18 @@ class Requests:
         term = self._lead.term
         await self._relay.commit(
             [writes.activate(pod, incarnation, term) for pod, incarnation in keys]
-            + [writes.end_session(*session.key, "superseded", term) for session in older]
+            + [writes.end_session(*session.key, "superseded", term) for session in older],
+            lambda: all(self._state_of(key) in {LIVE, DEAD} for key in keys),
         )
         self._metrics.deaths.labels(reason="superseded").inc(len(older))
         return [None] * len(keys)
 
     async def _join_all(self, joining: Sequence[m.Join]) -> Sequence[Exception | None]:
         term = self._lead.term
-        await self._relay.commit([writes.join(j.pod, j.incarnation, j.pools, term) for j in joining])
+        await self._relay.commit(
+            [writes.join(j.pod, j.incarnation, j.pools, term) for j in joining],
+            lambda: all(self._has_joined(request) for request in joining),
+        )
         return [None] * len(joining)
 
     async def _close_all(self, keys: Sequence[Key]) -> Sequence[Exception | None]:
@@ -339,6 +343,14 @@ class Requests:
         if name not in self._table.pools:
             raise Refused("unknown_pool", "this domain has no such pool; `drsm pools` lists them")
         return self._table.pools[name]
+
+    def _state_of(self, key: Key) -> str:
+        session = self._table.sessions.get(key)
+        return session.state if session else DEAD
+
+    def _has_joined(self, request: m.Join) -> bool:
+        session = self._table.sessions.get((request.pod, request.incarnation))
+        return session is None or set(request.pools) <= set(session.pools)
 
     # --- Leases -----------------------------------------------------------------------------------
 

@@ -129,10 +129,14 @@ def stored_settings(settings: Settings) -> list[Document]:
         "liveness_ms": round(leases.liveness * 1000),
         "allocation_ms": round(leases.allocation * 1000),
         "leader_ms": round(leases.leader * 1000),
+        "pools": sorted(settings.definitions),
         "revision": settings.settings_revision,
     }
-    definitions = settings.definitions.items()
-    return [durations, *({"_id": f"pool:{name}"} | codec.to_map(pool) for name, pool in definitions)]
+    pools = [
+        {"_id": f"pool:{name}", "database": settings.databases[name]} | codec.to_map(definition)
+        for name, definition in settings.definitions.items()
+    ]
+    return [durations, *pools]
 
 
 def nats_options(settings: Settings) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class Settings(BaseSettings):
     leader_ttl: float = 3.0
     """`T`: a standby takes over a leader that was silent for so long."""
     settings_revision: int = Field(1, ge=1)
-    """Raise it to change a stored `L`, `A` or `T`."""
+    """Raise it to change a stored `L`, `A` or `T`, or which pools there are."""
 
     agent_id: str = Field("", validation_alias=AliasChoices("DRSM_AGENT_ID", "HOSTNAME", "agent_id"))
     http_host: str = "0.0.0.0"  # noqa: S104  # probes come from the node, not from the pod

@@ -1,0 +1,327 @@
+"""Documents as Go DRSM and the agent write them are read alike; what is neither is never taken for one."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drsm_agent.core.documents import (
+    Chunk,
+    Drsm,
+    Keepalive,
+    Owner,
+    Session,
+    chunk_key,
+    chunk_number,
+    merge,
+    read_chunk,
+    read_keepalive,
+    read_session,
+    session_key,
+    session_number,
+)
+
+GO_CHUNK: dict[str, Any] = {
+    "_id": "chunkid-5",
+    "type": "chunk",
+    "chunkId": "chunkid-5",
+    "podId": "amf-go",
+    "podInstance": "nf-9",
+    "podIp": "10.0.0.9",
+}
+DRSM: dict[str, Any] = {
+    "pod": "amf-1",
+    "ip": "10.0.0.7",
+    "instance": "nf-1",
+    "incarnation": 7 << 32 | 5,
+    "grant": "0123456789abcdef",
+    "marked": True,
+    "hold_ms": 310_000,
+    "request_id": "r-1",
+}
+OURS: dict[str, Any] = GO_CHUNK | {"podId": "amf-1", "podInstance": "nf-1", "podIp": "10.0.0.7", "drsm": DRSM}
+GO_KEEPALIVE: dict[str, Any] = {
+    "_id": "amf-go",
+    "type": "keepalive",
+    "podId": "amf-go",
+    "podIp": "10.0.0.9",
+    "podInstance": "nf-9",
+    "expireAt": object(),
+}
+MIRROR: dict[str, Any] = {
+    "_id": "amf-1",
+    "type": "keepalive",
+    "podId": "amf-1",
+    "podIp": "10.0.0.7",
+    "podInstance": "nf-1",
+    "drsm": {name: DRSM[name] for name in ("pod", "ip", "instance", "incarnation")},
+}
+SESSION = Session(
+    pod="amf-1",
+    ip="10.0.0.7",
+    instance="nf-1",
+    incarnation=7 << 32 | 5,
+    term=7,
+    state="live",
+    pools=("amfid", "tmsi"),
+    request_id="r-1",
+    promised_ms=300_000,
+)
+
+
+def _chunk(document: dict[str, Any]) -> Chunk:
+    chunk = read_chunk(document)
+    assert chunk is not None
+    return chunk
+
+
+# --- Chunks ---------------------------------------------------------------------------------------
+
+
+def test_a_chunk_of_go_drsm_is_read() -> None:
+    """Its owner has incarnation 0; there is no grant, no mark, no hold."""
+    chunk = _chunk(GO_CHUNK)
+    assert (chunk.n, chunk.owner) == (5, Owner("amf-go", "10.0.0.9", "nf-9", 0))
+    assert (chunk.grant, chunk.marked, chunk.hold_ms, chunk.request_id) == ("", False, 0, "")
+
+
+def test_a_chunk_of_the_agent_is_read() -> None:
+    """All fields of the sub-document count."""
+    chunk = _chunk(OURS)
+    assert (chunk.n, chunk.owner) == (5, Owner("amf-1", "10.0.0.7", "nf-1", 7 << 32 | 5))
+    assert (chunk.grant, chunk.marked, chunk.hold_ms, chunk.request_id) == (
+        DRSM["grant"],
+        True,
+        310_000,
+        "r-1",
+    )
+
+
+@pytest.mark.parametrize("field", ["podId", "podIp", "podInstance"])
+def test_the_sub_document_counts_only_while_its_three_copies_agree(field: str) -> None:
+    """A Go pod that claims sets these fields and leaves the rest stale: the chunk is the Go pod's."""
+    chunk = _chunk(OURS | {field: "other"})
+    assert chunk.owner.incarnation == 0
+    assert (chunk.grant, chunk.marked, chunk.hold_ms, chunk.request_id) == ("", False, 0, "")
+    assert chunk.drsm == Drsm(**DRSM)
+
+
+@pytest.mark.parametrize("document", [GO_CHUNK, OURS, OURS | {"podId": "amf-go"}])
+def test_a_chunk_is_written_as_it_was_read(document: dict[str, Any]) -> None:
+    """Also its stale parts."""
+    assert _chunk(document).document == document
+
+
+@given(
+    st.integers(0, 10**19 - 1),
+    st.tuples(st.text(), st.text(), st.text()),
+    st.none()
+    | st.builds(Drsm, st.text(), st.text(), st.text(), st.integers(0, 2**63), st.text(), st.booleans()),
+)
+def test_any_chunk_is_read_as_it_was_written(n: int, pod: tuple[str, str, str], drsm: Drsm | None) -> None:
+    """There and back."""
+    chunk = Chunk(n, *pod, drsm)
+    assert read_chunk(chunk.document) == chunk
+
+
+@pytest.mark.parametrize(
+    "drsm",
+    [
+        None,
+        5,
+        "text",
+        [],
+        {},
+        DRSM | {"incarnation": "x"},
+        DRSM | {"incarnation": None},
+        DRSM | {"incarnation": float("nan")},
+        DRSM | {"incarnation": float("inf")},
+        DRSM | {"hold_ms": float("inf")},
+        {name: value for name, value in DRSM.items() if name != "incarnation"},
+    ],
+)
+def test_an_unreadable_sub_document_does_not_count(drsm: Any) -> None:
+    """The chunk is then as a Go pod wrote it; nothing raises."""
+    assert _chunk(OURS | {"drsm": drsm}) == Chunk(5, "amf-1", "10.0.0.7", "nf-1")
+
+
+def test_a_sub_document_of_an_older_version_has_defaults() -> None:
+    """Only who it is about is needed."""
+    assert _chunk(OURS | {"drsm": MIRROR["drsm"]}).drsm == Drsm("amf-1", "10.0.0.7", "nf-1", 7 << 32 | 5)
+
+
+@pytest.mark.parametrize(
+    ("key", "number"),
+    [("chunkid-0", 0), ("chunkid-5", 5), ("chunkid-16383", 16383), (f"chunkid-{2**63 - 1}", 2**63 - 1)],
+)
+def test_a_chunk_documents_id_has_its_number(key: str, number: int) -> None:
+    """There and back, up to the largest number that any pool has."""
+    assert chunk_number(key) == number
+    assert chunk_key(number) == key
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "chunkid-",
+        "chunkid",
+        "chunkid--1",
+        "chunkid-x",
+        "chunkid-5x",
+        "chunkid-05",
+        "chunkid-00",
+        "chunkid-+5",
+        "chunkid- 5",
+        "chunkid-5 ",
+        "chunkid-5\n",
+        "chunkid-5.0",
+        "chunkid-²",
+        "chunkid-٣",
+        "Chunkid-5",
+        "xchunkid-5",
+        "5",
+        "chunkid-" + "9" * 20,
+    ],
+)
+def test_any_other_id_has_no_number(key: str) -> None:
+    """None, and never chunk 0, which would be a real chunk of somebody else."""
+    assert chunk_number(key) is None
+    assert read_chunk(GO_CHUNK | {"_id": key}) is None
+
+
+@pytest.mark.parametrize("field", ["podId", "podIp", "podInstance"])
+@pytest.mark.parametrize("value", [None, 5, [], "missing"])
+def test_a_chunk_without_its_pod_is_none(field: str, value: Any) -> None:
+    """No owner is made up."""
+    document = GO_CHUNK | {field: value}
+    if value == "missing":
+        del document[field]
+    assert read_chunk(document) is None
+
+
+def test_documents_without_an_id_are_none() -> None:
+    """An empty document is neither chunk nor keepalive nor session."""
+    assert (read_chunk({}), read_keepalive({}), read_session({})) == (None, None, None)
+
+
+# --- Keepalives -----------------------------------------------------------------------------------
+
+
+def test_a_keepalive_of_go_drsm_is_a_go_pod() -> None:
+    """With incarnation 0."""
+    keepalive = read_keepalive(GO_KEEPALIVE)
+    assert keepalive == Keepalive("amf-go", "10.0.0.9", "nf-9")
+    assert keepalive.go_owner == Owner("amf-go", "10.0.0.9", "nf-9", 0)
+
+
+def test_a_mirror_is_no_go_pod() -> None:
+    """It only shows a session to Go pods."""
+    keepalive = read_keepalive(MIRROR)
+    assert keepalive is not None
+    assert keepalive.go_owner is None
+
+
+@pytest.mark.parametrize("field", ["podId", "podIp", "podInstance"])
+def test_a_mirror_that_a_go_pod_took_over_is_a_go_pod(field: str) -> None:
+    """The same rule as for chunks: the copies must agree."""
+    keepalive = read_keepalive(MIRROR | {field: "other"})
+    assert keepalive is not None
+    assert keepalive.go_owner is not None
+    assert keepalive.go_owner.incarnation == 0
+
+
+@pytest.mark.parametrize("kind", ["chunk", "", None, 5])
+def test_other_types_are_no_keepalives(kind: Any) -> None:
+    """Whatever else they have."""
+    assert read_keepalive(GO_KEEPALIVE | {"type": kind}) is None
+
+
+# --- Sessions -------------------------------------------------------------------------------------
+
+
+def test_a_session_is_read_as_it_was_written() -> None:
+    """There and back; its key is the pod and the incarnation."""
+    assert read_session(SESSION.document) == SESSION
+    assert SESSION.document["_id"] == f"amf-1:{7 << 32 | 5}"
+    assert session_number(session_key(*SESSION.key)) == SESSION.key
+    assert SESSION.owner == Owner("amf-1", "10.0.0.7", "nf-1", 7 << 32 | 5)
+
+
+@pytest.mark.parametrize(
+    "field", [name for name in SESSION.document if name not in {"_id", "type", "reason"}]
+)
+def test_a_session_without_one_of_its_fields_is_none(field: str) -> None:
+    """Nothing about a life is made up."""
+    assert read_session({name: value for name, value in SESSION.document.items() if name != field}) is None
+
+
+@pytest.mark.parametrize("value", ["x", None, [], float("inf"), float("nan")])
+@pytest.mark.parametrize("field", ["incarnation", "term", "promised_ms"])
+def test_a_session_with_an_unreadable_number_is_none(field: str, value: Any) -> None:
+    """And nothing raises: one odd document must not end the agent."""
+    assert read_session(SESSION.document | {field: value}) is None
+
+
+@pytest.mark.parametrize(
+    "key", ["", "amf-1", "amf-1:", ":5", "amf-1:x", "amf-1:²", "amf-1:-5", "a:" + "9" * 21]
+)
+def test_any_other_id_is_no_sessions(key: str) -> None:
+    """A document that somebody left in the agent's collection is passed over."""
+    assert session_number(key) is None
+
+
+# --- Updates --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("updated", "removed", "expected"),
+    [
+        ({}, (), {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "l": [1, 2]}),
+        ({"a": 9}, (), {"a": 9, "b": {"c": 2, "d": {"e": 3}}, "l": [1, 2]}),
+        ({"b.c": 9, "b.x": 8}, (), {"a": 1, "b": {"c": 9, "d": {"e": 3}, "x": 8}, "l": [1, 2]}),
+        ({"b.d.e": 9}, (), {"a": 1, "b": {"c": 2, "d": {"e": 9}}, "l": [1, 2]}),
+        ({"n.m.o": 9}, (), {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "l": [1, 2], "n": {"m": {"o": 9}}}),
+        ({"b": {}}, (), {"a": 1, "b": {}, "l": [1, 2]}),
+        ({"l": [7]}, (), {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "l": [7]}),
+        ({"l.0": 9}, (), {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "l": [9, 2]}),
+        ({"l.2": 3}, (), {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "l": [1, 2, 3]}),
+        ({"l.3": 4, "l.2": 3}, (), {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "l": [1, 2, 3, 4]}),
+        ({}, ("a", "b.d"), {"b": {"c": 2}, "l": [1, 2]}),
+        ({}, ("b.d.e", "b.c"), {"a": 1, "b": {"d": {}}, "l": [1, 2]}),
+        ({}, ("x", "b.x", "a.x", "b.x.y", "l.x"), {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "l": [1, 2]}),
+    ],
+)
+def test_an_update_is_merged(
+    updated: dict[str, Any], removed: tuple[str, ...], expected: dict[str, Any]
+) -> None:
+    """Plain and dotted paths, positions in arrays, removals, and removals of what is not there."""
+    document = {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "l": [1, 2]}
+    assert merge(document, updated, removed) == expected
+
+
+def test_a_merge_changes_neither_side() -> None:
+    """What is known stays as it is until the table takes the result."""
+    document = {"b": {"c": [1]}, "t": (1, 2)}
+    updated = {"b.c.1": 2, "t.2": 3}
+    assert merge(document, updated) == {"b": {"c": [1, 2]}, "t": [1, 2, 3]}
+    assert (document, updated) == ({"b": {"c": [1]}, "t": (1, 2)}, {"b.c.1": 2, "t.2": 3})
+
+
+_FLAT = st.dictionaries(st.sampled_from("abc"), st.integers(0, 3), max_size=3)
+_NESTED = st.dictionaries(st.sampled_from("xyz"), _FLAT, max_size=3)
+
+
+@given(_NESTED, _NESTED)
+def test_a_difference_leads_from_one_document_to_the_other(before: Any, after: Any) -> None:
+    """However MongoDB puts it: whole sub-documents where they are new, single fields where they differ."""
+    updated: dict[str, Any] = {}
+    removed: list[str] = [key for key in before if key not in after]
+    for key, value in after.items():
+        if key not in before:
+            updated[key] = value
+            continue
+        updated |= {f"{key}.{name}": v for name, v in value.items() if before[key].get(name) != v}
+        removed += [f"{key}.{name}" for name in before[key] if name not in value]
+    assert merge(before, updated, tuple(removed)) == after

@@ -1,0 +1,159 @@
+"""Claims are spread evenly, repeat themselves, and prefer the name; holds outlast every former owner."""
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drsm_agent.core.documents import Chunk, Drsm, Owner, Session
+from drsm_agent.core.placement import Placed, hold_ms, plan
+
+A, W = 300_000, 10_000
+
+
+def pod(name: str, incarnation: int = 1) -> Owner:
+    """A pod incarnation; 0 is a Go pod."""
+    return Owner(name, "", "", incarnation)
+
+
+def orphan(n: int, name: str = "dead", *, marked: bool = False, hold: int = 0) -> Chunk:
+    """A chunk of a dead pod."""
+    return Chunk(n, name, "", "", Drsm(name, "", "", 1, "g", marked, hold))
+
+
+def former(reason: str, promised: int = A) -> Session:
+    """The session of a dead pod."""
+    return Session("dead", "", "", 1, 1, "dead", ("amfid",), "r", promised, reason)
+
+
+LIVING = st.dictionaries(
+    st.builds(pod, st.sampled_from("abcdef"), st.integers(1, 2)), st.integers(0, 12), min_size=1, max_size=6
+)
+ORPHANS = st.lists(st.integers(0, 40), max_size=25, unique=True).map(
+    lambda numbers: [orphan(n) for n in numbers]
+)
+
+
+@given(ORPHANS, LIVING)
+def test_each_orphan_goes_to_one_living_pod(orphans: list[Chunk], living: dict[Owner, int]) -> None:
+    """None is left, none is doubled, nobody dead gets any."""
+    placed = plan(orphans, living)
+    assert [claim.orphan.n for claim in placed] == sorted(chunk.n for chunk in orphans)
+    assert {claim.owner for claim in placed} <= set(living)
+
+
+@given(ORPHANS, LIVING)
+def test_the_load_is_balanced_within_one(orphans: list[Chunk], living: dict[Owner, int]) -> None:
+    """Whoever got a chunk has at most one more than the least loaded."""
+    gained = Counter(claim.owner for claim in plan(orphans, living))
+    after = {owner: count + gained[owner] for owner, count in living.items()}
+    assert max((after[owner] for owner in gained), default=0) <= min(after.values()) + 1
+
+
+@given(ORPHANS, LIVING, st.randoms())
+def test_a_plan_repeats_itself(orphans: list[Chunk], living: dict[Owner, int], chance: random.Random) -> None:
+    """In whatever order orphans and pods are listed."""
+    pods = list(living.items())
+    shuffled = list(orphans)
+    chance.shuffle(pods)
+    chance.shuffle(shuffled)
+    assert plan(shuffled, dict(pods)) == plan(orphans, living)
+
+
+def test_equal_load_is_broken_by_name() -> None:
+    """Lowest number to the lowest name."""
+    assert plan([orphan(2), orphan(1), orphan(3)], {pod("b"): 0, pod("a"): 0}) == [
+        Placed(orphan(1), pod("a")),
+        Placed(orphan(2), pod("b")),
+        Placed(orphan(3), pod("a")),
+    ]
+
+
+def test_fewest_chunks_come_first() -> None:
+    """Until they are even."""
+    assert [claim.owner.name for claim in plan(map(orphan, range(5)), {pod("a"): 3, pod("b"): 0})] == list(
+        "bbbab"
+    )
+
+
+def test_a_restarted_pod_gets_its_chunks_back() -> None:
+    """However loaded it is; its latest incarnation, when there are several."""
+    living = {pod("dead", 3): 100, pod("dead", 2): 0, pod("a"): 0}
+    assert plan([orphan(1), orphan(2, "other")], living) == [
+        Placed(orphan(1), pod("dead", 3)),
+        Placed(orphan(2, "other"), pod("a")),
+    ]
+
+
+def test_what_a_pod_gets_back_counts_for_the_rest() -> None:
+    """Two pods, one of which gets four of its own back: the other's turn comes first."""
+    orphans = [orphan(n, "b") for n in range(4)] + [orphan(n, "other") for n in range(4, 10)]
+    gained = Counter(claim.owner.name for claim in plan(orphans, {pod("a"): 0, pod("b"): 0}))
+    assert gained == {"a": 5, "b": 5}
+
+
+def test_without_a_living_pod_nothing_is_claimed() -> None:
+    """The orphans stay until somebody comes."""
+    assert plan([orphan(1)], {}) == []
+
+
+def test_go_pods_never_claim() -> None:
+    """The agent cannot tell them to hold; also not one of the dead pod's name."""
+    assert plan([orphan(1)], {pod("go", 0): 0, pod("dead", 0): 0}) == []
+    assert plan([orphan(1)], {pod("dead", 0): 0, pod("b"): 50}) == [Placed(orphan(1), pod("b"))]
+
+
+@pytest.mark.parametrize(
+    ("chunk", "session", "allocation", "expected"),
+    [
+        # W after a graceful close of an owner whose chunk was unmarked
+        (orphan(1), former("closed"), A, W),
+        (orphan(1), former("closed", 900_000), A, W),
+        # A + W after any other end
+        (orphan(1), former("expired"), A, A + W),
+        (orphan(1), former("superseded"), A, A + W),
+        (orphan(1), former(""), A, A + W),
+        (orphan(1), None, A, A + W),
+        (Chunk(1, "go", "", ""), None, A, A + W),
+        # the largest A that was promised
+        (orphan(1), former("expired", 900_000), A, 900_000 + W),
+        (orphan(1), former("expired", 100_000), A, A + W),
+        # a marked chunk keeps the longest hold since the mark was last clear
+        (orphan(1, marked=True, hold=W), former("closed"), A, A + W),
+        (orphan(1, marked=True, hold=950_000), former("closed"), A, 950_000),
+        (orphan(1, marked=True, hold=950_000), former("expired"), A, 950_000),
+        (orphan(1, marked=True, hold=950_000), None, A, 950_000),
+        (orphan(1, marked=True, hold=W), former("expired", 900_000), A, 900_000 + W),
+    ],
+)
+def test_a_hold_outlasts_every_former_owner(
+    chunk: Chunk, session: Session | None, allocation: int, expected: int
+) -> None:
+    """By how the owner ended, whether the chunk was marked, and what was promised."""
+    assert hold_ms(chunk, session, allocation, W) == expected
+
+
+def test_a_mark_that_a_go_pod_left_stale_does_not_count() -> None:
+    """The chunk is the Go pod's, which had no lease: A + W."""
+    stale = replace(orphan(1, marked=True, hold=950_000), pod="go")
+    assert hold_ms(stale, None, A, W) == A + W
+
+
+ENDS = st.tuples(st.sampled_from(["closed", "expired", "superseded"]), st.integers(1, 10), st.booleans())
+
+
+@given(st.lists(ENDS, min_size=1, max_size=6), st.integers(1, 10), st.integers(0, 10))
+def test_a_chain_of_owners_never_shortens_a_hold(ends: list[tuple[str, int, bool]], a: int, w: int) -> None:
+    """Claim after claim: the hold covers the largest lease promised to an owner that did not close,
+    or whose chunk was marked, since the mark was last clear."""
+    chunk, needed, marked = orphan(1), 0, False
+    for reason, promised, scanned in ends:
+        hold = hold_ms(chunk, former(reason, promised), a, w)
+        needed = max(needed, w if reason == "closed" and not marked else max(promised, a) + w)
+        assert hold == needed
+        chunk, marked = orphan(1, marked=True, hold=hold), True
+        if scanned:
+            chunk, needed, marked = orphan(1), 0, False

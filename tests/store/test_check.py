@@ -1,0 +1,154 @@
+"""An unfit MongoDB is refused at start: in bounded time, with what to do, without credentials."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
+
+import pytest
+import pytest_asyncio
+from pymongo.errors import OperationFailure
+
+from drsm_agent.embedded import Mongod, Stack, start_standalone
+from drsm_agent.errors import Misconfigured, StoreUnavailable
+from drsm_agent.store import check
+from drsm_agent.store.mongo import MongoStore
+from tests.store.tools import POOLS, Stand
+
+SHORT = 0.5
+
+
+async def _refusal(url: str, timeout: float = SHORT) -> str:
+    """Why a store with this URL is refused."""
+    with pytest.raises(Misconfigured) as caught:
+        async with MongoStore(url, "d", {"amfid": "d"}, timeout=timeout) as store:
+            await store.check()
+    assert "secret" not in str(caught.value)
+    return str(caught.value)
+
+
+async def test_a_replica_set_is_accepted_and_left_as_it_was(mongo: Stand) -> None:
+    """The check tries reads, writes and the stream, and leaves nothing behind."""
+    await mongo.store.check()
+    assert not any((await mongo.store.snapshot()).spaces.values())
+
+
+async def test_pools_in_several_databases_are_accepted(mongo_url: str, database: str) -> None:
+    """The stream over the deployment is tried then."""
+    pools = {POOLS[0]: database, POOLS[1]: f"{database}b"}
+    async with MongoStore(mongo_url, database, pools) as store:
+        await store.check()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def standalone(stack: Stack) -> AsyncIterator[Mongod]:
+    mongod = await start_standalone(stack.scratch)
+    yield mongod
+    await mongod.stop()
+
+
+async def test_a_standalone_is_told_how_to_become_a_replica_set(standalone: Mongod) -> None:
+    """It has no change streams."""
+    text = await _refusal(f"mongodb://{standalone.address}/", timeout=5.0)
+    assert "--replSet rs0" in text
+    assert "rs.initiate()" in text
+    assert standalone.address in text
+
+
+async def test_a_standalone_behind_a_replica_set_url_too(standalone: Mongod) -> None:
+    """Then the driver finds no member of it."""
+    assert "rs.initiate()" in await _refusal(f"mongodb://{standalone.address}/?replicaSet=rs0")
+
+
+@pytest.mark.parametrize(
+    "url", ["mongodb://user:secret@127.0.0.1:1/?replicaSet=rs0", "mongodb://127.0.0.1:1"]
+)
+async def test_a_wrong_address_is_refused_in_bounded_time(url: str) -> None:
+    """With the address."""
+    begin = time.monotonic()
+    text = await _refusal(url)
+    assert time.monotonic() - begin < 4 * SHORT
+    assert "127.0.0.1:1" in text
+    assert "refused" in text
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "http://localhost",
+        "mongodb://",
+        "mongodb://user:secret/x@host/",
+        "mongodb://user:sec@ret@secret:27x/",
+        "mongodb://host:port",
+        "mongodb://localhost/?tls=true&tlsCAFile=/nowhere/ca.pem",
+    ],
+)
+async def test_a_malformed_url_is_refused(url: str) -> None:
+    """Without naming any part that may be a password."""
+    text = await _refusal(url)
+    assert "mongodb://user:password@host:27017/" in text
+    assert "ret@" not in text
+
+
+async def test_wrong_credentials_are_refused(mongo_url: str) -> None:
+    """The driver's reason, and which permissions are needed."""
+    address = mongo_url.removeprefix("mongodb://")
+    text = await _refusal(f"mongodb://user:secret@{address}", timeout=5.0)
+    assert "readWrite" in text
+    assert "Authentication failed" in text
+
+
+@pytest.mark.parametrize(("code", "expected"), [(13, Misconfigured), (91, StoreUnavailable)])
+def test_a_missing_permission_is_told_from_an_outage(code: int, expected: type[Exception]) -> None:
+    """The first will not pass by itself."""
+    with pytest.raises(expected), check.permitted("host"):
+        _fail_for_want_of(OperationFailure("not authorized on d to execute command", code))
+
+
+def _fail_for_want_of(cause: Exception) -> None:
+    raise StoreUnavailable("no answer") from cause
+
+
+async def test_an_old_mongodb_is_refused(mongo: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snapshot reads came with 5.0."""
+    monkeypatch.setattr(check, "OLDEST_WIRE_VERSION", 1000)
+    with pytest.raises(Misconfigured, match=r"5\.0"):
+        await mongo.store.check()
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts"),
+    [
+        ("mongodb://host:1,other:2/db?replicaSet=rs0", "host:1,other:2"),
+        ("mongodb://user:p%40ss@host:1/", "host:1"),
+        ("mongodb+srv://user:p@ss/w@cluster.example.net", "cluster.example.net"),
+        ("mongodb://[::1]:27017", "[::1]:27017"),
+        ("mongodb://host/?proxyPassword=a@b c", "the given URL"),
+        ("", "the given URL"),
+    ],
+)
+def test_only_the_hosts_of_a_url_are_shown(url: str, hosts: str) -> None:
+    """Whatever the password looks like."""
+    assert check.hosts_of(url) == hosts
+
+
+async def test_the_urls_options_do_not_weaken_the_guarantees(mongo_url: str, database: str) -> None:
+    """Nor break the waiting for news."""
+    weak = f"{mongo_url}&w=1&journal=false&readConcernLevel=local&timeoutMS=9000&readPreference=secondary"
+    async with MongoStore(weak, database, {"amfid": database}) as store:
+        await store.check()
+        client = store._client
+        assert client.write_concern.document == {"w": "majority", "j": True}
+        assert client.read_concern.level == "majority"
+        assert client.read_preference.name == "Primary"
+        async with aclosing(store.changes(after=(await store.snapshot()).at)) as batches:
+            await anext(batches)
+            async with asyncio.timeout(4.0):  # of idle batches, which come twice a second
+                await anext(batches)
+
+
+async def test_a_refused_store_closes_cleanly() -> None:
+    """The one that refused it has nothing to tidy up."""
+    with suppress(Misconfigured):
+        MongoStore("mongodb://:bad", "d", {})
