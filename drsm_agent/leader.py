@@ -1,7 +1,7 @@
 """Gain, keep and lose the lead; whatever only a leader does lives inside the lead's scope.
 
-    campaign -> won -> stamp -> table has passed the stamp -> log published -> probe answered
-             -> every session a full lease -> serve ... until the lead is lost or given up
+    campaign -> won -> log published -> stamp -> table has passed the stamp, and that was published
+             -> probe answered -> every session a full lease -> serve ... until lost or given up
 
 An agent that lost the lead drops all leader work before anything else (rule R8): the scope is one
 task group, and the task that keeps the lead ends it.
@@ -9,6 +9,7 @@ task group, and the task that keeps the lead ends it.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -174,9 +175,9 @@ class Leader:
 
     async def _serve(self, lead: Lead, state: State, tasks: asyncio.TaskGroup) -> None:
         parts = self._parts
-        await self._stamp(lead, state)
         relay = await self._take_up_history(lead, state, tasks)
         tasks.create_task(relay.run(), name="relay")
+        await _retrying(lambda: self._stamp(lead, relay))
         endpoints = Endpoints(
             tasks=tasks,
             bus=parts.bus,
@@ -185,14 +186,23 @@ class Leader:
             history=relay.history,
             metrics=parts.metrics,
         )
-        subscription = await _retrying(
-            lambda: parts.bus.subscribe(parts.subjects.all_requests, endpoints.receive)
-        )
-        try:
+        # Until it serves, clients shall hear "no responders" at once, so only the probe is subscribed to.
+        async with AsyncExitStack() as subscriptions:
+            probed = await _retrying(lambda: parts.bus.subscribe(parts.subjects.probe, endpoints.receive))
+            subscriptions.push_async_callback(probed.stop)
             await self._answer_and_judge(lead, state, relay, endpoints, tasks)
-            await asyncio.Event().wait()
-        finally:
-            await subscription.stop()
+            serving = await _retrying(
+                lambda: parts.bus.subscribe(parts.subjects.all_requests, endpoints.receive)
+            )
+            subscriptions.push_async_callback(serving.stop)
+            await probed.stop()
+            self.leading.set()
+            parts.metrics.leading.set(1)
+            log.info("serving", term=lead.term, history=relay.history)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                parts.feed.on_change = None
 
     async def _answer_and_judge(
         self, lead: Lead, state: State, relay: Relay, endpoints: Endpoints, tasks: asyncio.TaskGroup
@@ -250,23 +260,13 @@ class Leader:
         endpoints.open(requests)
         tasks.create_task(reaper.run(), name="reaper")
         tasks.create_task(mirrors.run(), name="mirrors")
-        self.leading.set()
-        parts.metrics.leading.set(1)
-        log.info("serving", term=lead.term, history=relay.history)
 
-    async def _stamp(self, lead: Lead, state: State) -> None:
-        """Stamp the term on all sessions, and wait until the table has passed that (rules R5, R6)."""
-
-        async def write_both() -> None:
-            lead.check()
-            await self._parts.store.write([writes.stamp_sessions(lead.term)])
-            touched = await self._parts.store.write([writes.touch_stamp(lead.term, lead.agent)])
-            if not touched.changed:
-                raise LeadLost("an agent of a higher term has stamped the sessions")
-
-        await _retrying(write_both)
-        while (state.table.stamp.get("term"), state.table.stamp.get("agent")) != (lead.term, lead.agent):
-            await self._parts.feed.news()
+    async def _stamp(self, lead: Lead, relay: Relay) -> None:
+        """Stamp the term on all sessions, and wait until the table has passed that and everything up to
+        it was published (rules R5, R6)."""
+        lead.check()
+        await self._parts.store.write([writes.stamp_sessions(lead.term)])
+        await relay.barrier()
 
     async def _take_up_history(self, lead: Lead, state: State, tasks: asyncio.TaskGroup) -> Relay:
         """Go on where the last leader's published events end, or begin a new history with a `reset`."""

@@ -34,7 +34,7 @@ class Metrics:
             "drsm_conflicts", "Chunk numbers that another allocator had picked first", registry=r
         )
         self.deaths = Counter("drsm_deaths", "Sessions ended, by reason", ["reason"], registry=r)
-        self.sessions = Gauge("drsm_sessions", "Sessions that are not dead", registry=r)
+        self.sessions = Gauge("drsm_sessions", "Sessions that live", registry=r)
         self.chunks = Gauge("drsm_chunks", "Owned chunks", ["pool"], registry=r)
         self.orphans = Gauge("drsm_orphans", "Chunks whose owner is dead", ["pool"], registry=r)
         self.marked = Gauge("drsm_marked", "Claimed chunks that are not scanned yet", ["pool"], registry=r)

@@ -71,20 +71,22 @@ class Mirrors:
             if owner.incarnation == GO_INCARNATION:
                 continue
             mirror = pool.keepalives.get(owner.name)
+            shown = _mirrored(mirror) if mirror else None
             if mirror is None:
                 yield writes.mirror_keepalive(pool.name, owner, expire_at)
-            elif prolong and _mirrored(mirror) == owner:
+            elif shown and shown.incarnation < owner.incarnation:
+                yield writes.hand_over_mirror(pool.name, shown, owner, expire_at)
+            elif prolong and shown == owner:
                 yield writes.prolong_mirror(pool.name, owner, expire_at)
 
     def _over(self, pool: PoolTable, now: float) -> Iterator[writes.Write]:
-        alive = {owner.name for owner in pool.live.values()}
+        alive = {owner.name for owner in pool.live.values()}  # the newer incarnation takes the place
         for mirror in pool.keepalives.values():
             owner = _mirrored(mirror)
-            if owner is None or owner.key in pool.live or owner.key in pool.held:
+            if owner is None or owner.name in alive or owner.key in pool.held:
                 continue
             since = self._over_since.setdefault((pool.name, *owner.key), now)
-            # A newer incarnation of the name needs the place: the `_id` is the pod's name.
-            if owner.name in alive or now - since >= self._patience(pool, owner):
+            if now - since >= self._patience(pool, owner):
                 self._over_since.pop((pool.name, *owner.key))
                 yield writes.delete_mirror(pool.name, owner)
 

@@ -115,7 +115,8 @@ class Bus(Protocol):
         """Bytes that one message may have, headers included."""
 
     async def subscribe(self, subject: str, handler: Handler) -> Subscription:
-        """Call `handler` for each message, one after another: it must not wait."""
+        """Call `handler` for each message, one after another: it must not wait. Once this returns, the
+        server knows of it. Raises BusUnavailable."""
 
     async def publish(
         self, subject: str, data: bytes, headers: Mapping[str, str] | None = None, reply: str = ""

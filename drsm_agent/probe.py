@@ -28,6 +28,7 @@ class Probe:
         self._bus, self._subject, self._lead = bus, subjects.probe, lead
         self._liveness, self._clock, self._chance = liveness, clock, chance
         self._sent_of_last_answer = float("-inf")
+        self._recovered = False
         self.answered = asyncio.Event()
 
     @property
@@ -37,14 +38,21 @@ class Probe:
     def healthy(self, now: float) -> bool:
         return now - self._sent_of_last_answer < self._liveness / 2
 
+    def recovered(self) -> bool:
+        """Whether an answer came after a while without; true once per recovery."""
+        recovered, self._recovered = self._recovered, False
+        return recovered
+
     async def run(self) -> None:
         while True:
             sent = self._clock()
             try:
                 await self._ask()
+                if self.answered.is_set() and not self.healthy(sent):
+                    self._recovered = True
                 self._sent_of_last_answer = sent
                 self.answered.set()
-            except BusUnavailable as error:
+            except (BusUnavailable, codec.DecodeError) as error:
                 log.warning("probe_unanswered", error=str(error))
             await asyncio.sleep(self.period)
 

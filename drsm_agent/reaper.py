@@ -36,6 +36,9 @@ GO_SILENCE = 25.0
 PURGE_AFTER = 3600.0
 """A dead session's document is kept this long beyond `A + W`, for people who look for a reason."""
 RETRY_DELAY = 0.5
+MASS_EXPIRY_MIN, MASS_EXPIRY_SHARE = 2, 0.3
+"""More than two and more than 30 % of all sessions at once: rather our fault than theirs (Eureka's
+self-preservation draws a similar line)."""
 
 log = structlog.get_logger("drsm_agent.reaper")
 T = TypeVar("T")
@@ -64,6 +67,7 @@ class Reaper:
         self._chance, self._metrics = chance, metrics
         self._news = asyncio.Event()
         self._dead_since: dict[Key, float] = {}
+        self._spared_at = float("-inf")
         self._go_heard: dict[tuple[str, str], float] = {}
 
     def note(self, entry: Entry) -> None:
@@ -95,21 +99,17 @@ class Reaper:
 
     def _until_next(self) -> float:
         """Seconds to sleep: to the next lease that may lapse, at most one audit interval."""
-        deadline = self._liveness.next_deadline()
-        if deadline is None:
-            return AUDIT_INTERVAL
-        wait = deadline - self._clock()
-        return min(AUDIT_INTERVAL, wait if wait > 0 else self._probe.period)
+        now = self._clock()
+        times = (self._liveness.next_deadline(), self._liveness.next_lapse(now))
+        waits = [at - now for at in times if at is not None]
+        return min([AUDIT_INTERVAL, *(wait if wait > 0 else self._probe.period for wait in waits)])
 
     # --- Step one: sessions -----------------------------------------------------------------------
 
     async def _expire_due(self) -> None:
         now = self._clock()
         self._adopt(now)
-        due = self._liveness.due(now)
-        if due and not self._probe.healthy(now):
-            log.warning("not_judging", due=len(due), reason="no request to myself came back lately")
-            due = []
+        due = self._judged(now)
         self._liveness.end(due, "expired")
         for pod, incarnation in due:
             log.warning("session_expired", pod=pod, incarnation=incarnation)
@@ -117,6 +117,24 @@ class Reaper:
         for batch in _batches(self._undone()):
             term = self._lead.term
             await self._relay.commit([writes.end_session(*key, reason, term) for key, reason in batch])
+
+    def _judged(self, now: float) -> list[Key]:
+        """Sessions to expire. Nobody while this leader cannot hear itself, nor right after: then, and when
+        many would go at once, everyone gets one more full `L`, once (rule R7)."""
+        due = self._liveness.due(now)
+        if not self._probe.healthy(now):
+            if due:
+                log.warning("not_judging", due=len(due), reason="no request to myself came back lately")
+            return []
+        lease = self._leases.effective_liveness(len(self._liveness))
+        many = len(due) > max(MASS_EXPIRY_MIN, MASS_EXPIRY_SHARE * len(self._liveness))
+        recovered = self._probe.recovered()
+        if recovered or (many and now - self._spared_at > 2 * lease):
+            log.warning("sparing", due=len(due), reason="was cut off" if recovered else "many at once")
+            self._liveness.extend_all(now + lease)
+            self._spared_at = now
+            return []
+        return due
 
     def _adopt(self, now: float) -> None:
         """A session that nobody has a lease for came of a write whose outcome was unknown: it gets one."""
@@ -139,9 +157,9 @@ class Reaper:
         for pool in self._table.pools.values():
             placed = plan(self._claimable(pool), self._living(pool))
             for batch in _batches(placed):
-                await self._relay.commit([self._claim(pool, claim) for claim in batch])
-                self._metrics.claims.inc(len(batch))
-                log.info("claimed", pool=pool.name, chunks=len(batch))
+                outcome = await self._relay.commit([self._claim(pool, claim) for claim in batch])
+                self._metrics.claims.inc(outcome.changed)
+                log.info("claimed", pool=pool.name, chunks=outcome.changed)
 
     def _claimable(self, pool: PoolTable) -> list[Chunk]:
         return [orphan for orphan in pool.orphans() if self._may_claim(pool, orphan.owner)]

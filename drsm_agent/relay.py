@@ -35,7 +35,7 @@ POSITION_INTERVAL = 1.0
 FLUSH_RETRY = 0.2
 SHOWN_TIMEOUT = 4.0
 """A change that was written comes back in the stream within milliseconds; after this long something is
-down, and the requester is told to try again, before its own time-out."""
+down, and the requester is told to try again. (Meanwhile its repeats join the same flight.)"""
 
 log = structlog.get_logger("drsm_agent.relay")
 Key = tuple[str, str]
@@ -62,7 +62,7 @@ class Relay:
         self._lead, self._subjects, self._metrics, self._wall_clock = lead, subjects, metrics, wall_clock
         self.history = history
         self.published = 0
-        self._expected: dict[Key, list[asyncio.Future[None]]] = defaultdict(list)
+        self._expected: dict[Key, set[asyncio.Future[None]]] = defaultdict(set)
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self._position: Position | None = None
         self._saved: Position | None = None
@@ -79,7 +79,8 @@ class Relay:
         result, where another change of the same documents may be under way and be taken for it.
         """
         self._lead.check()
-        expected = self._expect((write.space, write.key) for write in decided)
+        keys = [(write.space, write.key) for write in decided]
+        expected = self._expect(keys)
         try:
             outcome = await self._store.write(decided)
             if outcome.changed == len(decided):
@@ -90,8 +91,7 @@ class Relay:
             self._unknown = True
             raise
         finally:
-            for future in expected:
-                future.cancel()
+            self._expect_no_more(keys, expected)
         return outcome
 
     async def read_back(self) -> None:
@@ -120,20 +120,32 @@ class Relay:
 
     async def _touch(self, passengers: Sequence[None]) -> Sequence[None]:
         self._lead.check()
-        (expected,) = self._expect([(STAMPS, "stamp")])
-        outcome = await self._store.write([writes.touch_stamp(self._lead.term, self._lead.agent)])
-        if not outcome.changed:
-            raise LeadLost("an agent of a higher term has stamped the sessions")
-        await _within(SHOWN_TIMEOUT, expected)
+        keys = [(STAMPS, "stamp")]
+        expected = self._expect(keys)
+        try:
+            outcome = await self._store.write([writes.touch_stamp(self._lead.term, self._lead.agent)])
+            if not outcome.changed:
+                raise LeadLost("an agent of a higher term has stamped the sessions")
+            await _within(SHOWN_TIMEOUT, expected[0])
+        finally:
+            self._expect_no_more(keys, expected)
         return passengers
 
     def _expect(self, keys: Iterable[Key]) -> list[asyncio.Future[None]]:
         futures = []
         for key in keys:
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._expected[key].append(future)
+            self._expected[key].add(future)
             futures.append(future)
         return futures
+
+    def _expect_no_more(self, keys: Sequence[Key], futures: Sequence["asyncio.Future[None]"]) -> None:
+        for key, future in zip(keys, futures, strict=True):
+            future.cancel()
+            if waiting := self._expected.get(key):
+                waiting.discard(future)
+                if not waiting:
+                    del self._expected[key]
 
     # --- Publishing -----------------------------------------------------------------------------
 

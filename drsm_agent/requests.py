@@ -14,8 +14,8 @@ from typing import Any
 import structlog
 
 from drsm_agent.core import writes
-from drsm_agent.core.documents import DEAD, LIVE, OPENED, Chunk, Owner, Session
-from drsm_agent.core.events import RELEASED
+from drsm_agent.core.documents import DEAD, LIVE, OPENED, Chunk, Owner, Session, chunk_key
+from drsm_agent.core.events import DOWN, RELEASED
 from drsm_agent.core.lease import Leases, holder_duration, renew_period
 from drsm_agent.core.numbers import FreeNumbers
 from drsm_agent.core.session import Key, LivenessLeases
@@ -81,11 +81,13 @@ class Requests:
         self._scans = {name: Flight(tasks, partial(self._scanned_all, name)) for name in table.pools}
 
     def note(self, entry: Entry) -> None:
-        """Chunk numbers that became free are granted again, last."""
+        """Chunk numbers that became free are granted again, last; who is down uses nothing any more."""
         for event in entry.events:
             if event.kind == RELEASED:
                 for n in event.chunks:
                     self._free[event.pool].freed(n)
+            if event.kind == DOWN and event.owner:
+                self._use.pop(event.owner.key, None)
 
     # --- Sessions -------------------------------------------------------------------------------
 
@@ -131,14 +133,15 @@ class Requests:
 
     async def chunks(self, request: m.SessionRef) -> m.SessionChunks:
         session = await self._living(request.pod, request.incarnation)
-        await self._relay.caught_up()
         owned = self._table.chunks_of(session.key)
-        return m.SessionChunks(
+        answer = m.SessionChunks(
             chunks=tuple(
                 (pool, chunk.n, chunk.grant, chunk.hold_ms if chunk.marked else None) for pool, chunk in owned
             ),
             version={p: self._table.pools[p].version for p in session.pools if p in self._table.pools},
         )
+        await self._relay.caught_up()  # only what was published counts
+        return answer
 
     async def close(self, request: m.SessionRef) -> m.Empty:
         """Accepted of a dead or unknown incarnation too; it then changes nothing."""
@@ -149,10 +152,9 @@ class Requests:
         return m.Empty()
 
     async def report(self, request: m.Report) -> m.Reported:
+        """A pod saw another history and says what it holds. Only an announced restore takes any of it."""
         await self._living(request.pod, request.incarnation)
-        raise Refused(
-            "bad_request", "no restore was announced, so nothing is to be reported", reason="no_restore"
-        )
+        return m.Reported(accepted=0)
 
     # --- Pools ----------------------------------------------------------------------------------
 
@@ -162,10 +164,10 @@ class Requests:
         granted = self._granted(pool, wanted)
         if not granted:
             granted = await self._acquires[pool.name].board((session.key, request.request_id), wanted)
-        else:
-            await self._relay.caught_up()
+        version = pool.version
+        await self._relay.caught_up()  # what the table showed just now, consumers have then heard (G4)
         self._session(request.pod, request.incarnation)
-        return m.Acquired(chunks=tuple((chunk.n, chunk.grant) for chunk in granted), version=pool.version)
+        return m.Acquired(chunks=tuple((chunk.n, chunk.grant) for chunk in granted), version=version)
 
     async def release(self, pool: PoolTable, request: m.ChunkList) -> m.Released:
         session = await self._member(pool, request.pod, request.incarnation)
@@ -293,8 +295,14 @@ class Requests:
     async def _insert(
         self, pool: str, inserts: Sequence[writes.Insert], numbers: Sequence[int]
     ) -> writes.Outcome:
+        chunks = self._table.pools[pool].chunks
+        keys = {insert.document["_id"]: insert.document["drsm"]["grant"] for insert in inserts}
+
+        def shown() -> bool:
+            return all((chunk := chunks.get(n)) and chunk.grant == keys[chunk_key(n)] for n in numbers)
+
         try:
-            return await self._relay.commit(inserts)
+            return await self._relay.commit(inserts, shown)
         except Exception:
             for n in numbers:  # if some were written after all, `take` skips them
                 self._free[pool].freed(n)
@@ -341,7 +349,7 @@ class Requests:
     def pool(self, name: str) -> PoolTable:
         """The pool of a request. Raises Refused: unknown_pool."""
         if name not in self._table.pools:
-            raise Refused("unknown_pool", "this domain has no such pool; `drsm pools` lists them")
+            raise Refused("unknown_pool", "this domain has no such pool; the request `pools` lists them")
         return self._table.pools[name]
 
     def _state_of(self, key: Key) -> str:

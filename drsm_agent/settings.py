@@ -27,6 +27,8 @@ from drsm_sdk.wire.subjects import Subjects
 PREFIX = "DRSM_"
 CONFIG_VARIABLE = "DRSM_CONFIG"
 POOLS_MAX = 256
+DURATION_MAX = 86_400.0
+"""A day: a longer lease would only hide a mistake in the unit."""
 POOLS_EXAMPLE = '[{"name": "amfid", "bits": 24}]'
 
 
@@ -72,11 +74,11 @@ class Settings(BaseSettings):
     subject_prefix: str = "drsm"
     pools: list[PoolSettings] = Field(default=[], min_length=1, max_length=POOLS_MAX)
 
-    liveness_ttl: float = 3.0
+    liveness_ttl: float = Field(3.0, gt=0, lt=DURATION_MAX)
     """`L`: without a renewal for so long a pod may be declared dead."""
-    allocation_ttl: float = 300.0
+    allocation_ttl: float = Field(300.0, gt=0, lt=DURATION_MAX)
     """`A`: a pod cut off goes on issuing for so long."""
-    leader_ttl: float = 3.0
+    leader_ttl: float = Field(3.0, gt=0, lt=DURATION_MAX)
     """`T`: a standby takes over a leader that was silent for so long."""
     settings_revision: int = Field(1, ge=1)
     """Raise it to change a stored `L`, `A` or `T`, or which pools there are."""

@@ -117,11 +117,17 @@ class NatsBus:
             await handler(Incoming(message.subject, message.data, message.reply))
 
         try:
-            return NatsSubscription(
+            subscription = NatsSubscription(
                 await self._client.subscribe(subject, cb=deliver, pending_msgs_limit=PENDING_REQUESTS_MAX)
             )
         except NatsError as error:
             raise BusUnavailable(f"cannot subscribe to {subject}: {error}") from error
+        try:
+            await self.flush()
+        except BaseException:
+            await subscription.stop()
+            raise
+        return subscription
 
     async def publish(
         self, subject: str, data: bytes, headers: Mapping[str, str] | None = None, reply: str = ""

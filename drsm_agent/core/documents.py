@@ -2,7 +2,7 @@
 
 The chunk and keepalive documents are Go DRSM's own, with one sub-document `drsm` added that it
 ignores. A Go pod that claims sets the three pod fields and leaves `drsm` stale, so `drsm` counts
-only while its copies equal them. The design's section 7 names every field.
+only while its copies equal them. docs/protocol.md names every field.
 """
 
 import re

@@ -60,3 +60,12 @@ class LivenessLeases:
     def next_deadline(self) -> float | None:
         """When to look again; None while nothing is leased."""
         return min(self._deadlines.values(), default=None)
+
+    def next_lapse(self, now: float) -> float | None:
+        """When the lease of a session lapses whose end was decided before."""
+        return min((until for _, until in self._ended.values() if until > now), default=None)
+
+    def extend_all(self, until: float) -> None:
+        """Everyone gets more time; always safe."""
+        for key in self._deadlines:
+            self.extend(key, until)

@@ -65,7 +65,6 @@ class PoolTable:
     keepalives: dict[str, Keepalive] = field(default_factory=dict)
     live: dict[tuple[str, int], Owner] = field(default_factory=dict)
     checksum: int = 0
-    unreadable: int = 0
 
     def owners(self) -> dict[tuple[str, int], Owner]:
         """Every pod that is up or owns a chunk."""

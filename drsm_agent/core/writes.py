@@ -194,6 +194,13 @@ def prolong_mirror(pool: str, owner: Owner, expire_at: Any) -> Update:
     return Update(pool, _mirror_guard(owner), set={"expireAt": expire_at})
 
 
+def hand_over_mirror(pool: str, former: Owner, owner: Owner, expire_at: Any) -> Update:
+    """A newer incarnation of the name takes the place. In one write: a Go pod that saw the keepalive
+    deleted would claim the chunks of everybody with this name."""
+    fields = mirror_keepalive(pool, owner, expire_at).document
+    return Update(pool, _mirror_guard(former), set={name: fields[name] for name in fields if name != "_id"})
+
+
 def delete_mirror(pool: str, owner: Owner) -> Delete:
     return Delete(pool, _mirror_guard(owner))
 
@@ -263,8 +270,10 @@ def give_up_lead(record: LeaderRecord) -> Update:
 
 
 def save_position(term: int, position: Document) -> Update:
-    """What was published and flushed, so that the next leader goes on from there."""
-    return Update(POSITION, {"_id": "position", "term": {"$lte": term}}, set={"term": term} | position)
+    """What was published and flushed, so that the next leader goes on from there. It counts its saves, so
+    that one which repeats another of unknown outcome is still seen to match."""
+    guard = {"_id": "position", "term": {"$lte": term}}
+    return Update(POSITION, guard, set={"term": term} | position, inc={"saves": 1})
 
 
 def touch_stamp(term: int, agent: str) -> Update:

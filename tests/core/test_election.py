@@ -1,13 +1,12 @@
 """One leader at a time, whatever the clocks, delays and lost answers; and never none for long."""
 
 import heapq
+import random
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from drsm_agent.core.election import Election
 from drsm_agent.core.lease import CHECK, RATE, holder_duration
@@ -319,40 +318,41 @@ class World:
         heapq.heappush(self._under_way, (self.now + after, self._sent, arrive))
 
 
-_RATES = st.sampled_from([1 - RATE, 1.0, 1 + RATE])
-_TIMES = st.sampled_from([0.0, 0.01, 0.1, 0.3, 1.0, 1.5])
-_WAITS = st.sampled_from([0.0, 0.01, 0.1, 0.25, 0.33, 0.5, 1.0, 1.0, 3.0])
-_MOVES = st.tuples(
-    st.integers(0, 1),
-    _WAITS,
-    _TIMES,
-    _TIMES,
-    st.sampled_from([True, True, False]),
-    st.sampled_from([False] * 9 + [True]),
-)
+def a_life_of_two(seed: int, ttls: tuple[float, float]) -> World:
+    """Some minutes of two agents that mostly work, and at times stall, lose answers, are slow, or end."""
+    chance = random.Random(seed)
+    rates = chance.choice([(1 - RATE, 1 + RATE), (1 + RATE, 1 - RATE), (1.0, 1.0)])
+    world = World(ttls, rates, (chance.uniform(-1e6, 1e6), chance.uniform(-1e6, 1e6)))
+    turn = [0.0, 0.0]
+    slow, silent = chance.choice([0.0, 0.05, 0.3]), chance.choice([0.0, 0.2, 0.5])
+
+    def delay() -> float:
+        return chance.uniform(0, 1.5) if chance.random() < slow else chance.choice([0.0, 0.0, 0.001, 0.05])
+
+    for _ in range(400):
+        i = turn.index(min(turn))
+        world.advance(turn[i])
+        answered, quits = chance.random() >= silent, chance.random() < 0.01
+        world.step(i, delay(), delay(), answered=answered, quits=quits)
+        leads = world.agents[i].mine is not None
+        pause = (
+            chance.choice([ttls[i] / 3, ttls[i] / 2]) if leads else chance.choice([0.01, 0.05, ttls[i] / 3])
+        )
+        stalled = chance.uniform(0, 2 * max(ttls)) if chance.random() < 0.05 else 0.0
+        turn[i] = world.now + pause + stalled
+    return world
 
 
-@settings(max_examples=400, deadline=None)
-@given(
-    st.tuples(st.sampled_from([1.0, 1.5, 3.0]), st.sampled_from([1.0, 3.0])),
-    st.tuples(_RATES, _RATES),
-    st.tuples(st.sampled_from([0.0, -1e6]), st.sampled_from([0.0, 1e6])),
-    st.lists(_MOVES, min_size=10, max_size=60),
-)
-def test_two_agents_never_both_lead(
-    ttls: tuple[float, float],
-    rates: tuple[float, float],
-    offsets: tuple[float, float],
-    moves: list[tuple[int, float, float, float, bool, bool]],
-) -> None:
-    """With clocks apart in offset and rate, slow and lost answers, writes that arrive late, and agents
-    that end; and no term has two leaders."""
-    world = World(ttls, rates, offsets)
-    for i, wait, there, back, answered, quits in moves:
-        world.advance(world.now + wait)
-        world.step(i, there, back, answered, quits)
-    world.advance(world.now + 10)
-    assert world.terms == sorted(set(world.terms))
+@pytest.mark.parametrize("ttls", [(1.0, 1.0), (1.0, 3.0), (3.0, 1.0), (3.0, 3.0), (1.0, 1.5)])
+def test_two_agents_never_both_lead(ttls: tuple[float, float]) -> None:
+    """With clocks apart in offset and rate, slow and lost answers, writes that arrive late, stalls, and
+    agents that end; no term has two leaders, and the lead does change hands."""
+    terms = 0
+    for seed in range(30):
+        world = a_life_of_two(seed, ttls)
+        assert world.terms == list(range(1, len(world.terms) + 1))
+        terms += len(world.terms)
+    assert terms > 60
 
 
 @pytest.mark.parametrize("ttls", [(1.0, 1.0), (3.0, 1.0), (1.0, 3.0)])

@@ -163,6 +163,7 @@ def test_a_deleted_chunk_is_released() -> None:
         put("amfid", {"_id": "chunkid-6", "type": "chunk"}, 102),
         delta("amfid", "chunkid-6", 102, {"drsm.marked": False}),
         put("amfid", {"_id": "something"}, 102),
+        delta("amfid", "something", 102, {"expireAt": 9}),
     ],
 )
 def test_what_changes_no_owner_is_no_event(change: Change) -> None:

@@ -158,7 +158,8 @@ async def test_the_documents_that_are_there_from_the_start(store: AnyStore) -> N
     assert await only(store, save_position(TERM, {"token": "t"})) == 1
     assert await only(store, touch_stamp(TERM, "agent")) == 1
     await ensure_stored(store, [SETTING])
-    assert await found(store, POSITION, "position") == {"_id": "position", "term": TERM, "token": "t"}
+    position = {"_id": "position", "term": TERM, "token": "t", "saves": 1}
+    assert await found(store, POSITION, "position") == position
     assert await found(store, STAMPS, "stamp") == {"_id": "stamp", "term": TERM, "n": 1, "agent": "agent"}
 
 

@@ -198,6 +198,11 @@ def test_events_and_verbs_name_each_other() -> None:
     assert set(typing.get_args(m.EventBody)) == set(m.EVENT_VERBS)
 
 
+def test_an_owner_in_a_snapshot_is_the_owner_of_events() -> None:
+    """Without the state, which is the snapshot's own."""
+    assert (SHOWN_1.ref, SHOWN_GO.ref) == (AMF_1, GO_POD)
+
+
 def test_an_event_names_the_wire_version() -> None:
     """`v` is 1 without being asked for."""
     assert to_map(HEAD)["v"] == 1
