@@ -43,7 +43,7 @@ class Drsm:
         if on_silence not in {"continue", "stop"}:
             raise BadRequest(f"on_silence: expected 'continue' or 'stop', found {on_silence!r}")
         self.pod = pod
-        self._transport, self._timeout = transport, timeout
+        self._transport, self._timeout, self._clock = transport, timeout, clock
         chance = chance or Chance()
         self._tasks = Tasks(self._failed)
         self._rpc = Rpc(transport, clock, chance)
@@ -103,8 +103,9 @@ class Drsm:
 
     async def __aenter__(self) -> Self:
         try:
-            async with asyncio.timeout(self._timeout):
-                await self._transport.connect(self._timeout)
+            begun = self._clock()
+            await self._transport.connect(self._timeout)
+            async with asyncio.timeout(max(begun + self._timeout - self._clock(), 0)):
                 self._tasks.start(self._session.run(), "session")
                 await self._session.opened()
         except NotConnected as error:
@@ -146,6 +147,8 @@ class Drsm:
             )
         if name in self._pools:
             return self._again(self._pools[name], in_use)
+        if self._tasks.failure is not None or self._session.closing:
+            raise self._session.refusal()
         timeout = self._timeout if timeout is None else timeout
         pool = self._pools[name] = Pool(name, self._session, self._rpc, in_use)
         try:

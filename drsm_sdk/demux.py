@@ -47,7 +47,7 @@ class Demux:
         except ValueError as error:
             raise BadRequest(str(error)) from None
         self.pool = pool
-        self._transport, self._timeout = transport, timeout
+        self._transport, self._timeout, self._clock = transport, timeout, clock
         chance = chance or Chance()
         self._feed: Feed[EventBody | Reloaded] = Feed()
         self._tasks = Tasks(self._feed.close)
@@ -116,20 +116,21 @@ class Demux:
 
     async def __aenter__(self) -> Self:
         try:
-            async with asyncio.timeout(self._timeout):
-                await self._transport.connect(self._timeout)
+            begun = self._clock()
+            await self._transport.connect(self._timeout)
+            async with asyncio.timeout(max(begun + self._timeout - self._clock(), 0)):
                 await self._follower.subscribe()
                 self._tasks.start(self._follower.run(), f"follow-{self.pool}")
                 self._tasks.start(self._follower.watch(), f"watch-{self.pool}")
-                await self._follower.loaded.wait()
+                await self._follower.settled.wait()
+            if isinstance(self._follower.trouble, BadRequest):
+                raise self._follower.trouble
         except NotConnected as error:
             await self._close()
             raise AgentUnavailable(str(error)) from None
         except TimeoutError:
             trouble = self._follower.trouble
             await self._close()
-            if isinstance(trouble, BadRequest):
-                raise trouble from None
             raise AgentUnavailable(
                 f"no snapshot of pool {self.pool} within {self._timeout:g} s: {trouble or 'no answer'}"
             ) from None

@@ -2,8 +2,9 @@
 
 import asyncio
 from collections import deque
+from itertools import count
 from typing import Generic, Self, TypeVar
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from drsm_sdk.changes import Missed
 
@@ -51,7 +52,8 @@ class Feed(Generic[T]):
     """Publishing never waits; a reader that nobody holds any more is forgotten."""
 
     def __init__(self) -> None:
-        self._readers: WeakSet[Reader[T]] = WeakSet()
+        self._readers: WeakValueDictionary[int, Reader[T]] = WeakValueDictionary()
+        self._numbers = count()
         self._closed = False
 
     def read(self) -> Reader[T]:
@@ -59,14 +61,14 @@ class Feed(Generic[T]):
         reader: Reader[T] = Reader()
         if self._closed:
             reader._end()
-        self._readers.add(reader)
+        self._readers[next(self._numbers)] = reader
         return reader
 
     def publish(self, item: T) -> None:
-        for reader in list(self._readers):
+        for reader in list(self._readers.values()):
             reader._put(item)
 
     def close(self) -> None:
         self._closed = True
-        for reader in list(self._readers):
+        for reader in list(self._readers.values()):
             reader._end()

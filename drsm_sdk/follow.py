@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from drsm_sdk.ambient import Backoff, Chance, Clock
-from drsm_sdk.errors import AgentUnavailable, DrsmError
+from drsm_sdk.errors import AgentUnavailable, BadRequest, DrsmError
 from drsm_sdk.mirror import Mirror, Verdict
 from drsm_sdk.rpc import Refused, Rpc, Unusable
 from drsm_sdk.snapshot import Pages, Snapshot
@@ -34,7 +34,8 @@ class Follower:
 
     `heard` gets each event of a leader that has not fallen, as soon as it comes, also those the mirror
     has already or cannot apply yet; `applied` each event once, after the mirror has it; `reloaded` is
-    called after each snapshot but the first.
+    called after each snapshot but the first. `loaded` is set with the first snapshot; `settled` also when
+    the agent refuses to give one, which `trouble` then tells.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Follower:
         reloaded: Callable[[], None] = lambda: None,
     ) -> None:
         self.mirror = Mirror()
-        self.loaded = asyncio.Event()
+        self.loaded, self.settled = asyncio.Event(), asyncio.Event()
         self.trouble: DrsmError | None = None
         self._rpc, self._subjects, self._pool = rpc, subjects, pool
         self._clock, self._chance = clock, chance
@@ -97,6 +98,8 @@ class Follower:
                 if str(error) != str(self.trouble):
                     log.warning("pool %s: no snapshot: %s", self._pool, error)
                 self.trouble = error
+                if isinstance(error, BadRequest):
+                    self.settled.set()
             if self._needed.is_set():
                 await asyncio.sleep(backoff.delay())
             else:
@@ -198,6 +201,7 @@ class Follower:
             if again:
                 self._reloaded()
         self.loaded.set()
+        self.settled.set()
         pending, self._pending = self._pending, deque(maxlen=BUFFER_MAX)
         for head, body in pending:
             self._take_in(head, body)

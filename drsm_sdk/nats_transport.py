@@ -40,7 +40,9 @@ class _TlsClient(Client):
     """Sends nothing of its own, credentials least of all, to a server that does not offer TLS."""
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        if initial_connection and not (info.get("tls_required") or self.options["tls_handshake_first"]):
+        server = self._current_server
+        begun = self.options["tls_handshake_first"] or (server is not None and server.uri.scheme == "wss")
+        if initial_connection and not (begun or info.get("tls_required")):
             raise errors.Error(
                 "expected a server that requires TLS, found one that does not; "
                 "enable TLS on the server, or connect without tls"
@@ -98,6 +100,7 @@ class NatsTransport:
     _subscriptions: list[_Subscription] = field(default_factory=list)
     _callbacks: list[Callable[[], None]] = field(default_factory=list)
     _tasks: Tasks = field(default_factory=lambda: Tasks(lambda: None))
+    _said: dict[str, None] = field(default_factory=dict)
     _last_error: str = "no server answered"
 
     @property
@@ -215,9 +218,13 @@ class NatsTransport:
                 **self.options,
             }
         )
-        for subscription in self._subscriptions:
-            await subscription.place(client)
+        await self._place(client)
         self._connected()
+
+    async def _place(self, client: Client) -> None:
+        """Subscribe to what this client has not yet."""
+        for subscription in list(self._subscriptions):
+            await subscription.place(client)
 
     async def _until_useless(self, client: Client) -> None:
         """Return when the client has closed, or has been down for so long that a new one is better."""
@@ -232,6 +239,7 @@ class NatsTransport:
 
     def _connected(self) -> None:
         self._epoch += 1
+        self._said.clear()
         log.info("connected to NATS (connection %d)", self._epoch)
         if self._first.is_set():
             for callback in self._callbacks:
@@ -239,8 +247,10 @@ class NatsTransport:
         self._first.set()
 
     def _next_server(self, servers: list[Server], _info: dict[str, Any]) -> tuple[Server, float]:
-        """The server that failed least, and how long to wait before trying it: at once the first time,
-        with jitter so that a thousand clients do not come back together."""
+        """The server that failed least, and how long to wait before trying it: hardly the first time, and
+        with jitter, so that a thousand clients do not come back together."""
+        with contextlib.suppress(AttributeError):  # nats-py leaves the socket of a failed try open
+            self._client._transport.close()  # type: ignore[union-attr]
         server = min(servers, key=lambda server: server.reconnects)
         longest = min(RECONNECT_FIRST * 2.0 ** min(server.reconnects, 16), RECONNECT_MOST)
         return server, longest / 2 + self.chance.below(longest / 2)
@@ -254,6 +264,9 @@ class NatsTransport:
         self._changed.set()
 
     async def _on_reconnected(self) -> None:
+        if self._client is not None:
+            with contextlib.suppress(errors.Error, OSError):
+                await self._place(self._client)
         self._connected()
         self._changed.set()
 
@@ -261,11 +274,14 @@ class NatsTransport:
         self._changed.set()
 
     def _note(self, error: Exception) -> None:
-        """Errors come with every try: each kind is logged once per connection."""
+        """Errors come with every try: each is logged once per lost connection. That the server hangs up
+        after it said why is no news."""
         said = _text(error)
-        if said != self._last_error:
+        if said not in self._said:
             log.warning("NATS: %s", said)
-        self._last_error = said
+        if not (self._said and isinstance(error, ConnectionResetError)):
+            self._last_error = said
+        self._said[said] = None
 
     def _usable(self, data: bytes) -> Client:
         client = self._client

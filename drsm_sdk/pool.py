@@ -101,6 +101,8 @@ class Pool:
             return self.allocate_nowait()
         except (PoolEmpty, AgentUnavailable, SessionLost) as error:
             refused: DrsmError = error
+            if self._session.closing:
+                raise
         self._waiting += 1
         try:
             async with asyncio.timeout(timeout):
@@ -113,6 +115,8 @@ class Pool:
                         return self.allocate_nowait()
                     except (PoolEmpty, AgentUnavailable, SessionLost) as error:
                         refused = error
+                    if self._session.closing:
+                        raise refused
                     if self._supply is not supply:
                         supply, verdicts = self._supply, 0
                     if supply is not None and supply.verdicts > verdicts:

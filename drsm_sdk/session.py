@@ -39,7 +39,7 @@ SETTLED_AFTER = 60.0  # a session that lived so long was not in a fight over its
 STRIKES = 2  # renewals in a row whose `held` differs before the agent is asked what it sees
 RECONCILE_FIRST, RECONCILE_MOST = 0.5, 60.0
 CHUNKS_TIMEOUT = 5.0
-REPORT_TIMEOUT = 2.0
+REPORT_TIMEOUT = 5.0
 REPORT_CHUNKS_MAX = 500  # about 25 KiB
 CLOSE_TIMEOUT = 1.0
 JOIN_TIMEOUT = 5.0
@@ -72,8 +72,10 @@ class Member(Protocol):
 class Life:
     """One incarnation of this pod, from open to its end.
 
-    Answers to what was sent before `counts_from` extend no lease. `strikes` counts renewals in a row whose
-    `held` differed; `unsettled` and `reported` wake who asks the agent, or tells it, which chunks there are.
+    Answers to what was sent before `counts_from` extend no lease. `reporting`: the agent does not know this
+    session, perhaps only because of a restore, and is being told of it; nothing is issued. `strikes` counts
+    renewals in a row whose `held` differed; `unsettled` and `reported` wake who asks the agent, or tells it,
+    which chunks there are.
     """
 
     incarnation: int
@@ -83,6 +85,7 @@ class Life:
     opened_at: float
     ended: bool = False
     counts_from: float = float("-inf")
+    reporting: bool = False
     strikes: int = 0
     outstanding: int = 0
     reported: asyncio.Event = field(default_factory=asyncio.Event)
@@ -193,7 +196,7 @@ class Session:
         superseded = Backoff(self.chance, SUPERSEDED_FIRST, SUPERSEDED_MOST)
         others = Backoff(self.chance, REOPEN_FIRST, REOPEN_MOST)
         while not self.closing:
-            life = await self._open(others)
+            life = await self._open()
             watches = [
                 self.tasks.start(self._reconcile(life), "reconcile"),
                 self.tasks.start(self._report(life), "report"),
@@ -205,7 +208,7 @@ class Session:
                     watch.cancel()
             if self.clock() - life.opened_at > SETTLED_AFTER:
                 superseded.reset()
-            others.reset()
+                others.reset()
             await asyncio.sleep((superseded if self.lost_reason == "superseded" else others).delay())
 
     async def close(self) -> None:
@@ -223,8 +226,9 @@ class Session:
         except (DrsmError, Refused) as error:
             log.info("closing the session was not answered: %s", error)
 
-    async def _open(self, backoff: Backoff) -> Life:
+    async def _open(self) -> Life:
         """Ask until there is an answer; the same request again while it may have been heard."""
+        backoff = Backoff(self.chance, REOPEN_FIRST, REOPEN_MOST)
         request = self._open_request()
         while True:
             try:
@@ -368,7 +372,7 @@ class Session:
             except Refused as refused:
                 if isinstance(refused.error, SessionLost):
                     self.end(life, refused.error.reason)
-                log.warning("reporting this pod's chunks was refused: %s", refused.error)
+                log.info("reporting this pod's chunks was refused: %s", refused.error)
             except DrsmError as error:
                 log.warning("reporting this pod's chunks was not answered: %s", error)
                 life.reported.set()
@@ -386,15 +390,17 @@ class Session:
         """The agent says that the session is over. From a database with another history that may only
         mean that it was restored to before this session: then, and with nothing issued meanwhile, report
         first."""
-        if life is not self.life:
+        if life is not self.life or life.reporting:
             return
         if stamp is None or stamp.history == life.history:
             self.end(life, lost.reason)
             return
-        life.history = stamp.history
+        life.history, life.reporting = stamp.history, True
         life.leases.revoke()
         life.counts_from = self.clock()
         try:
             await self._report_all(life, REPORT_TIMEOUT)
         except (DrsmError, Refused):
             self.end(life, lost.reason)
+        finally:
+            life.reporting = False

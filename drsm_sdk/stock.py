@@ -159,6 +159,10 @@ class Stock:
     def __contains__(self, n: int) -> bool:
         return n in self._chunks
 
+    def seen(self, n: int, grant: str) -> bool:
+        """Whether this grant was taken up before."""
+        return (n, grant) in self._seen
+
     def __iter__(self) -> Iterator[Chunk]:
         return iter(self._chunks.values())
 
@@ -170,7 +174,7 @@ class Stock:
     def add(self, n: int, grant: str, now: float, hold_until: float | None = None) -> Chunk | None:
         """Take up a chunk; marked when it comes with a hold. None, and nothing happens, when this grant
         was taken up before, or the chunk is held by another (drop that one first)."""
-        if (n, grant) in self._seen or n in self._chunks:
+        if self.seen(n, grant) or n in self._chunks:
             return None
         self._remember(n, grant)
         self._serial += 1

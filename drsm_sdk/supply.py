@@ -102,6 +102,8 @@ class Supply:
 
     def claimed(self, chunks: Sequence[tuple[int, str]], hold_ms: int, version: wire.Version) -> None:
         """The agent announced that this pod now owns chunks that were another's."""
+        if version < self._listed:
+            return
         self._acquired = max(self._acquired, version)
         self._take_up([(n, grant, hold_ms) for n, grant in chunks])
 
@@ -125,7 +127,9 @@ class Supply:
         now = self._clock()
         added: dict[int | None, list[Chunk]] = {}
         for n, grant, hold_ms in chunks:
-            if n in self.stock and self.stock.get(n, grant) is None:
+            if self.stock.seen(n, grant):
+                continue
+            if n in self.stock:  # by another grant, which must be over then
                 self._drop([n])
             chunk = self.stock.add(n, grant, now, None if hold_ms is None else now + hold_ms / 1000)
             if chunk is not None:
@@ -195,6 +199,8 @@ class Supply:
         self._take_up([(n, grant, None) for n, grant in answer.chunks])
 
     def _ask_failed(self, error: DrsmError) -> None:
+        if self._session.life is not self.life:
+            return  # the end of the session has been told
         if str(error) != str(self.trouble):
             log.warning("pool %s: no chunks: %s", self.name, error)
         self.trouble = error

@@ -13,7 +13,7 @@ class Tasks:
     logged, told to `on_failure`, and ends the others; none is lost, and `stop` leaves none behind."""
 
     def __init__(self, on_failure: Callable[[], None]) -> None:
-        self._running: set[asyncio.Task[Any]] = set()
+        self._running: dict[asyncio.Task[Any], None] = {}  # ordered: a simulator must see no chance here
         self._on_failure = on_failure
         self.stopped = False
         self.failure: BaseException | None = None
@@ -21,7 +21,7 @@ class Tasks:
     def start(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """Run `work` until it ends or `stop`."""
         task = asyncio.get_running_loop().create_task(work, name=f"drsm-{name}")
-        self._running.add(task)
+        self._running[task] = None
         task.add_done_callback(self._ended)
         if self.stopped:
             task.cancel()
@@ -37,7 +37,7 @@ class Tasks:
             await asyncio.wait(self._running, timeout=1.0)
 
     def _ended(self, task: "asyncio.Task[Any]") -> None:
-        self._running.discard(task)
+        self._running.pop(task, None)
         error = None if task.cancelled() else task.exception()
         if error is None:
             return

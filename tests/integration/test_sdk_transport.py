@@ -1,0 +1,193 @@
+"""The NATS connection against servers of its own that stop, hang, refuse and lie."""
+
+import asyncio
+import signal
+import ssl
+from collections.abc import AsyncIterator
+
+import pytest
+
+from drsm_agent.embedded import NatsServer, Scratch, start_nats_server
+from drsm_sdk.nats_transport import NatsTransport
+from drsm_sdk.transport import Message, NoAnswer, NoResponders, NotConnected, TooLarge
+from tests.sdk.fake_agent import eventually
+
+
+@pytest.fixture
+async def scratch() -> AsyncIterator[Scratch]:
+    async with Scratch() as scratch:
+        yield scratch
+
+
+@pytest.fixture
+async def server(scratch: Scratch) -> NatsServer:
+    return await start_nats_server(scratch)
+
+
+async def echo(transport: NatsTransport) -> list[bytes]:
+    """Subscribe; what arrives."""
+    heard: list[bytes] = []
+    await transport.subscribe("echo", lambda message: heard.append(message.data))
+    return heard
+
+
+async def test_subscriptions_outlive_a_restart_of_the_server(server: NatsServer) -> None:
+    transport = NatsTransport(server.url)
+    await transport.connect(5.0)
+    again: list[int] = []
+    transport.on_reconnect(lambda: again.append(transport.epoch))
+    heard = await echo(transport)
+    await server.restart()
+    await eventually(lambda: transport.epoch == 2)
+    await transport.publish("echo", b"hello")
+    await eventually(lambda: heard == [b"hello"])
+    assert again == [2]
+    await transport.close()
+
+
+async def test_nothing_is_kept_for_later_while_disconnected(server: NatsServer) -> None:
+    """A stale request must not be replayed minutes later."""
+    transport = NatsTransport(server.url)
+    await transport.connect(5.0)
+    heard = await echo(transport)
+    await server.kill()
+    await eventually(lambda: not transport.connected)
+    with pytest.raises(NotConnected):
+        await transport.publish("echo", b"stale")
+    with pytest.raises(NotConnected):
+        await transport.request("echo", b"stale", 1.0)
+    await server.start()
+    await eventually(lambda: transport.connected)
+    await transport.publish("echo", b"fresh")
+    await eventually(lambda: heard == [b"fresh"])
+    await transport.close()
+
+
+async def test_a_server_that_hangs_is_noticed_within_seconds(server: NatsServer) -> None:
+    """nats-py alone would take six minutes."""
+    transport = NatsTransport(server.url)
+    await transport.connect(5.0)
+    server.pause()
+    await eventually(lambda: not transport.connected, seconds=12.0)
+    server.resume()
+    await eventually(lambda: transport.connected)
+    await transport.close()
+
+
+async def test_a_connection_that_was_closed_for_good_is_built_anew(scratch: Scratch) -> None:
+    """After some errors of the server nats-py never reconnects, whatever its settings."""
+    server = await start_nats_server(scratch, config='authorization { user: a, password: "one" }')
+    transport = NatsTransport(server.url, options={"user": "a", "password": "one"})
+    await transport.connect(5.0)
+    heard = await echo(transport)
+    config = server.home / "nats.conf"
+    config.write_text('authorization { user: a, password: "two" }')
+    server._signal(signal.SIGHUP)
+    await eventually(lambda: not transport.connected)
+    config.write_text('authorization { user: a, password: "one" }')
+    server._signal(signal.SIGHUP)
+    await eventually(lambda: transport.connected and transport.epoch == 2)
+    await transport.publish("echo", b"hello")
+    await eventually(lambda: heard == [b"hello"])
+    await transport.close()
+
+
+async def test_wrong_credentials_are_told_at_the_deadline(scratch: Scratch) -> None:
+    server = await start_nats_server(scratch, config='authorization { user: a, password: "one" }')
+    transport = NatsTransport(server.url, options={"user": "a", "password": "wrong"})
+    with pytest.raises(NotConnected, match="Authorization Violation"):
+        await transport.connect(1.0)
+    await transport.close()
+
+
+async def test_nothing_is_sent_in_clear_text_when_tls_was_asked_for() -> None:
+    """A server, or somebody between, that offers none: credentials must not reach it."""
+    received = bytearray()
+    asked = asyncio.Event()
+
+    async def plaintext(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        info = b'{"server_id":"x","version":"2.11.0","max_payload":1048576,"auth_required":true}'
+        writer.write(b"INFO " + info + b"\r\n")
+        asked.set()
+        received.extend(await reader.read())
+        writer.close()
+
+    listener = await asyncio.start_server(plaintext, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    options = {"tls": ssl.create_default_context(), "user": "a", "password": "secret"}
+    transport = NatsTransport(f"nats://127.0.0.1:{port}", options=options)
+    with pytest.raises(NotConnected, match="requires TLS"):
+        await transport.connect(0.5)
+    await transport.close()
+    assert asked.is_set()
+    assert bytes(received) == b""
+    listener.close()
+
+
+async def test_a_failing_callback_does_not_end_the_others(server: NatsServer) -> None:
+    transport = NatsTransport(server.url)
+    await transport.connect(5.0)
+    heard: list[bytes] = []
+
+    def fails_once(message: Message) -> None:
+        if message.data == b"bad":
+            raise ValueError("bad")
+        heard.append(message.data)
+
+    await transport.subscribe("echo", fails_once)
+    await transport.publish("echo", b"bad")
+    await transport.publish("echo", b"good")
+    await eventually(lambda: heard == [b"good"])
+    await transport.close()
+
+
+async def test_each_way_of_not_getting_an_answer_has_its_error(server: NatsServer) -> None:
+    transport = NatsTransport(server.url)
+    await transport.connect(5.0)
+    with pytest.raises(NoResponders):
+        await transport.request("nobody", b"", 1.0)
+    with pytest.raises(NoResponders):
+        await transport.request_many("nobody", b"", 1.0, lambda message: True)
+    subscription = await transport.subscribe("silent", lambda message: None)
+    with pytest.raises(NoAnswer):
+        await transport.request("silent", b"", 0.1)
+    with pytest.raises(NoAnswer):
+        await transport.request_many("silent", b"", 0.1, lambda message: True)
+    with pytest.raises(TooLarge):
+        await transport.request("silent", bytes(1024 * 1024), 1.0)
+    await subscription.stop()
+    await transport.close()
+
+
+async def test_closing_works_while_the_server_hangs(server: NatsServer) -> None:
+    transport = NatsTransport(server.url)
+    await transport.connect(5.0)
+    await echo(transport)
+    server.pause()
+    async with asyncio.timeout(5):
+        await transport.close()
+
+
+async def test_closing_works_while_the_server_is_gone(server: NatsServer) -> None:
+    transport = NatsTransport(server.url)
+    await transport.connect(5.0)
+    await echo(transport)
+    await server.kill()
+    await eventually(lambda: not transport.connected)
+    async with asyncio.timeout(5):
+        await transport.close()
+
+
+async def test_what_is_subscribed_to_while_disconnected_is_heard_later(server: NatsServer) -> None:
+    transport = NatsTransport(server.url)
+    await transport.connect(5.0)
+    await server.kill()
+    await eventually(lambda: not transport.connected)
+    heard = await echo(transport)
+    await server.start()
+    await eventually(lambda: transport.epoch == 2)
+    await transport.publish("echo", b"once")
+    await eventually(lambda: heard)
+    await asyncio.sleep(0.1)
+    assert heard == [b"once"]
+    await transport.close()
