@@ -57,6 +57,8 @@ def main() -> None:
 async def _run() -> None:
     configured = settings.load()
     logs.configure(configured.log_format, configured.log_level)
+    for name in settings.unknown_variables():
+        log.warning("unknown_setting", name=name)
     stop = asyncio.Event()
     with _signals(stop):
         async with running(configured) as agent:

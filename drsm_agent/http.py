@@ -4,8 +4,9 @@ Liveness is the event loop only, never a dependency: a restart repairs no databa
 connected and fresh, whether leading or standing by.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 from aiohttp import web
 from prometheus_client import exposition
@@ -13,25 +14,35 @@ from prometheus_client import exposition
 from drsm_agent.errors import Misconfigured
 from drsm_agent.metrics import Metrics
 
-Check = Callable[[], list[str]]
-"""What keeps the agent from being ready; empty when it is."""
+
+class Observed(Protocol):
+    """What is asked of an agent."""
+
+    metrics: Metrics
+
+    def unready(self) -> list[str]:
+        """What keeps it from being ready; empty when it is."""
+
+    def measure(self) -> None:
+        """Bring the metrics up to date."""
 
 
 @asynccontextmanager
-async def serving(host: str, port: int, metrics: Metrics, unready: Check) -> AsyncIterator[int]:
+async def serving(host: str, port: int, agent: Observed) -> AsyncIterator[int]:
     """Serve until the block is left; gives the port. Raises Misconfigured when it is taken."""
 
     async def livez(_: web.Request) -> web.Response:
         return web.Response(text="alive\n")
 
     async def readyz(_: web.Request) -> web.Response:
-        reasons = unready()
+        reasons = agent.unready()
         return web.Response(
             text="".join(f"{r}\n" for r in reasons) or "ready\n", status=503 if reasons else 200
         )
 
     async def show_metrics(_: web.Request) -> web.Response:
-        body = exposition.generate_latest(metrics.registry)
+        agent.measure()
+        body = exposition.generate_latest(agent.metrics.registry)
         return web.Response(body=body, headers={"Content-Type": exposition.CONTENT_TYPE_LATEST})
 
     app = web.Application()

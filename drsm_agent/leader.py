@@ -117,7 +117,7 @@ class Leader:
     async def _skip_published(self) -> None:
         state = self._parts.feed.current
         position = _first(await self._parts.store.read(writes.POSITION))
-        if state and position and position.get("at", -1) >= state.table.started:
+        if state and position and _continues(position, state.table):
             self._parts.feed.skip_published(state, _versions(position, state.table))
 
     async def _keep(self, lead: Lead) -> None:
@@ -271,7 +271,7 @@ class Leader:
     async def _take_up_history(self, lead: Lead, state: State, tasks: asyncio.TaskGroup) -> Relay:
         """Go on where the last leader's published events end, or begin a new history with a `reset`."""
         stored = _first(await _retrying(lambda: self._parts.store.read(writes.POSITION))) or {}
-        continues = bool(stored.get("history")) and stored.get("at", -1) >= state.table.started
+        continues = _continues(stored, state.table)
         history = stored["history"] if continues else self._parts.chance.token()
         relay = Relay(
             tasks=tasks,
@@ -327,6 +327,11 @@ async def _retrying(attempt: Callable[[], Awaitable[T]]) -> T:
 
 def _first(documents: list[Document]) -> Document | None:
     return documents[0] if documents else None
+
+
+def _continues(position: Document, table: Table) -> bool:
+    """Whether everything after a stored position is in the log of a table that began before it."""
+    return bool(position.get("history")) and int(position["at"]) >= table.started
 
 
 def _versions(position: Document, table: Table) -> dict[str, Version]:

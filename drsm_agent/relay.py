@@ -277,12 +277,13 @@ def _resolve(future: "asyncio.Future[None]") -> None:
 
 
 def position_document(position: Position, history: str) -> Document:
-    """A position as it is stored, with the history that its versions belong to."""
+    """A position as it is stored, with the history that its versions belong to. Cluster times are text:
+    BSON's integers are signed, and seconds << 32 outgrows them in 2038."""
     return {
         "token": position.token,
-        "at": position.at,
+        "at": str(position.at),
         "history": history,
-        "versions": {pool: list(version) for pool, version in position.versions.items()},
+        "versions": {pool: [str(at), part] for pool, (at, part) in position.versions.items()},
     }
 
 

@@ -75,6 +75,12 @@ class Agent:
             tasks.create_task(self.leader.run(), name="leader")
             tasks.create_task(self._end_with_bus(), name="bus")
 
+    def measure(self) -> None:
+        """Bring the gauges up to date that nothing else does."""
+        self.metrics.stream_staleness.set(self.feed.staleness())
+        self.metrics.bus_reconnects.set(self._bus.reconnects)
+        self.metrics.bus_errors.set(self._bus.errors)
+
     def unready(self) -> list[str]:
         """What keeps this agent from being ready; empty when it is."""
         reasons = []
@@ -84,9 +90,6 @@ class Agent:
             reasons.append("the table is not read yet")
         elif (staleness := self.feed.staleness()) > STALE_AFTER:
             reasons.append(f"the change stream has been silent for {staleness:.0f} s")
-        self.metrics.stream_staleness.set(self.feed.staleness())
-        self.metrics.bus_reconnects.set(self._bus.reconnects)
-        self.metrics.bus_errors.set(self._bus.errors)
         return reasons
 
     async def _end_with_bus(self) -> None:
@@ -109,7 +112,7 @@ async def running(settings: Settings) -> AsyncIterator[Agent]:
         agent = Agent(settings, store, bus)
         if settings.http_port:
             agent.http_port = await stack.enter_async_context(
-                http.serving(settings.http_host, settings.http_port, agent.metrics, agent.unready)
+                http.serving(settings.http_host, settings.http_port, agent)
             )
         agent.task = asyncio.create_task(agent.run(), name="agent")
         try:

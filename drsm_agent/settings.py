@@ -6,6 +6,7 @@ names the setting, what was expected and what was found.
 
 import json
 import os
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -30,6 +31,9 @@ POOLS_MAX = 256
 DURATION_MAX = 86_400.0
 """A day: a longer lease would only hide a mistake in the unit."""
 POOLS_EXAMPLE = '[{"name": "amfid", "bits": 24}]'
+
+
+_OF_KUBERNETES = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT|_PORT(_\d+_(TCP|UDP).*)?$")
 
 
 class PoolSettings(BaseModel):
@@ -149,6 +153,14 @@ def load(**overrides: Any) -> Settings:
         raise Misconfigured(f"DRSM_POOLS: expected JSON, for example {POOLS_EXAMPLE}") from None
     except (ValueError, OSError) as error:
         raise Misconfigured(f"{CONFIG_VARIABLE}: expected a TOML file at {config}: {error}") from None
+
+
+def unknown_variables() -> list[str]:
+    """Variables with our prefix that mean nothing to us: most likely misspelt. Not refused, as Kubernetes
+    sets such ones for a service whose name begins with `drsm`."""
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {CONFIG_VARIABLE}
+    ours = {name for name in os.environ if name.startswith(PREFIX)}
+    return sorted(name for name in ours - known if not _OF_KUBERNETES.search(name))
 
 
 def _mistake(entry: Any) -> str:

@@ -11,6 +11,7 @@ one connection, so when it is back the server has everything before it.
 """
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -87,7 +88,7 @@ class NatsBus:
             connect_timeout=CONNECT_TIMEOUT,
             max_reconnect_attempts=-1,
             reconnect_time_wait=1,
-            reconnect_to_server_handler=_next_server,
+            reconnect_to_server_handler=self._next_server,
             ping_interval=PING_INTERVAL,
             max_outstanding_pings=PINGS_UNANSWERED_MAX,
             pending_size=-1,
@@ -176,6 +177,14 @@ class NatsBus:
         if not self.connected:
             raise BusUnavailable("NATS is not connected")
 
+    def _next_server(self, servers: list[Any], _info: Any) -> tuple[Any, float]:
+        """Any of the known servers, after a random wait, so that a thousand clients do not return at once."""
+        with contextlib.suppress(AttributeError):  # nats-py leaves the socket of a failed try open
+            self._client._transport.close()
+        attempts = min((server.reconnects for server in servers), default=0)
+        longest = min(RECONNECT_WAIT_MAX, 0.1 * 2 ** min(attempts, 5))
+        return random.choice(servers), random.uniform(0, longest)
+
     # Callbacks are awaited in nats-py's read loop: they never wait and never raise.
 
     async def _on_echo(self, message: Msg) -> None:
@@ -198,13 +207,6 @@ class NatsBus:
     async def _on_closed(self) -> None:
         if not self._broken.done():
             self._broken.set_result(str(self._client.last_error or "closed"))
-
-
-def _next_server(servers: list[Any], _info: Any) -> tuple[Any, float]:
-    """Any of the known servers, after a random wait, so that a thousand clients do not return at once."""
-    attempts = min((server.reconnects or 0 for server in servers), default=0)
-    longest = min(RECONNECT_WAIT_MAX, 0.1 * 2 ** min(attempts, 5))
-    return random.choice(servers), random.uniform(0, longest)
 
 
 def _shown(url: str) -> str:
