@@ -3,10 +3,14 @@
 import asyncio
 import random
 from collections import defaultdict
+from collections.abc import Mapping
 
 import nats
+import pytest
 from nats.aio.msg import Msg
 
+from drsm_agent import service
+from drsm_agent.bus.nats_bus import NatsBus
 from drsm_agent.embedded import Stack
 from drsm_sdk import Demux
 from drsm_sdk.wire import codec
@@ -17,8 +21,23 @@ from tests.harness import POOL, Domain, Failed, Requester, mongo_client, mongo_t
 PODS, ACQUIRES = 30, 10
 
 
-async def test_no_reply_precedes_the_event_that_names_the_owner(domain: Domain) -> None:
+class SlowEvents(NatsBus):
+    """The real bus, except that events leave late: an answer that does not wait for them overtakes them."""
+
+    async def publish(
+        self, subject: str, data: bytes, headers: Mapping[str, str] | None = None, reply: str = ""
+    ) -> None:
+        if ".evt." in subject:
+            await asyncio.sleep(0.02)
+        await super().publish(subject, data, headers, reply)
+
+
+@pytest.mark.parametrize("bus", [NatsBus, SlowEvents])
+async def test_no_reply_precedes_the_event_that_names_the_owner(
+    domain: Domain, bus: type[NatsBus], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """G4: events and replies are recorded by one subscription, which sees them in the server's order."""
+    monkeypatch.setattr(service, "NatsBus", bus)
     client = await nats.connect(domain.nats_url)
     subjects = Subjects(domain.prefix)
     recorded: list[Msg] = []
