@@ -14,7 +14,7 @@ import structlog
 
 from drsm_agent.core import writes
 from drsm_agent.core.documents import DEAD, GO_INCARNATION, LIVE, Chunk, Owner, Session, chunk_number
-from drsm_agent.core.lease import Leases
+from drsm_agent.core.lease import Leases, renew_period
 from drsm_agent.core.placement import Placed, hold_ms, plan
 from drsm_agent.core.session import Key, LivenessLeases
 from drsm_agent.core.table import PoolTable, Table
@@ -37,8 +37,8 @@ PURGE_AFTER = 3600.0
 """A dead session's document is kept this long beyond `A + W`, for people who look for a reason."""
 RETRY_DELAY = 0.5
 MASS_EXPIRY_MIN, MASS_EXPIRY_SHARE = 2, 0.3
-"""More than two and more than 30 % of all sessions at once: rather our fault than theirs (Eureka's
-self-preservation draws a similar line)."""
+"""More than two and more than 30 % of all sessions within one renewal period: rather our fault than
+theirs (Eureka's self-preservation draws a similar line)."""
 
 log = structlog.get_logger("drsm_agent.reaper")
 T = TypeVar("T")
@@ -126,11 +126,13 @@ class Reaper:
             if due:
                 log.warning("not_judging", due=len(due), reason="no request to myself came back lately")
             return []
-        lease = self._leases.effective_liveness(len(self._liveness))
-        many = len(due) > max(MASS_EXPIRY_MIN, MASS_EXPIRY_SHARE * len(self._liveness))
+        pods = len(self._liveness)
+        lease = self._leases.effective_liveness(pods)
+        soon = len(self._liveness.due(now + renew_period(pods))) if due else 0
+        many = soon > max(MASS_EXPIRY_MIN, MASS_EXPIRY_SHARE * pods)
         recovered = self._probe.recovered()
         if recovered or (many and now - self._spared_at > 2 * lease):
-            log.warning("sparing", due=len(due), reason="was cut off" if recovered else "many at once")
+            log.warning("sparing", due=soon, reason="was cut off" if recovered else "many at once")
             self._liveness.extend_all(now + lease)
             self._spared_at = now
             return []

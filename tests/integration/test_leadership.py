@@ -1,0 +1,126 @@
+"""Who leads, what a leader does not judge, and what a take-over leaves as it was."""
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Any
+
+from drsm_agent.embedded import Stack
+from drsm_agent.service import running
+from drsm_sdk import Demux, Drsm, Pod
+from drsm_sdk.wire import messages as m
+from tests.harness import POOL, Domain, eventually, mongo_client, renewing, requester, within
+
+
+async def test_a_second_agent_stands_by_and_takes_over_without_a_lost_session(domain: Domain) -> None:
+    """The lead is given up and taken at once, with a higher term; pods and demuxes notice nothing else."""
+    async with running(domain.settings()) as first:
+        await within(first.leader.leading.wait())
+        identity = Pod("amf-1", "10.0.0.1", "nf")
+        async with (
+            running(domain.settings()) as second,
+            Drsm.connect(domain.nats_url, identity, prefix=domain.prefix) as drsm,
+            Demux.connect(domain.nats_url, POOL, prefix=domain.prefix) as demux,
+        ):
+            pool = await drsm.join(POOL)
+            incarnation = drsm.incarnation
+            assert not second.leader.leading.is_set()
+            assert first.task is not None
+            first.task.cancel()
+            await within(second.leader.leading.wait())
+            ids = [await pool.allocate(timeout=10) for _ in range(3000)]
+            assert len(set(ids)) == 3000
+            assert drsm.incarnation == incarnation
+            await eventually(lambda: demux.synced and all(demux.owner(id_) for id_ in ids))
+
+
+async def test_a_leader_that_lost_its_record_stops_answering(domain: Domain) -> None:
+    """Another holder in the record, of a higher term: all leader work ends, and nothing is answered (R2)."""
+    async with requester(domain.nats_url, domain.prefix) as asking, domain.agent() as agent:
+        async with mongo_client(domain) as client:
+            usurper = {"$set": {"holder": "another", "counter": 0}, "$inc": {"term": 1}}
+            await client[domain.database]["drsm_leader"].update_one({"_id": "leader"}, usurper)
+        await eventually(lambda: not agent.leader.leading.is_set())
+        terms = {head.term for head, _ in asking.events}
+        await within(agent.leader.leading.wait())  # unchanged for `T`: taken over again
+        await asking.seen(lambda: {head.term for head, _ in asking.events} - terms)
+        assert max(head.term for head, _ in asking.events) == max(terms) + 2
+
+
+async def test_garbage_on_the_probes_subject_does_not_end_the_agent(domain: Domain) -> None:
+    """Any client may answer there; what is no answer of our own counts as none."""
+    async with requester(domain.nats_url, domain.prefix) as asking:
+
+        async def garbage(message: Any) -> None:
+            await asking.client.publish(message.reply, b"\xc1")
+
+        spoiler = await asking.client.subscribe(asking.subjects.probe, cb=garbage)
+        await asking.client.flush()
+        async with running(domain.settings()) as agent:
+            assert agent.task is not None
+            await asking.seen(lambda: asking.events)
+            await asyncio.wait([agent.task], timeout=1.5)
+            assert not agent.task.done()
+            await spoiler.unsubscribe()
+            await within(agent.leader.leading.wait())
+
+
+async def test_nobody_is_expired_because_nats_was_away_for_longer_than_the_lease() -> None:
+    """R7: who cannot hear itself does not judge, and afterwards everyone gets one more full `L`."""
+    async with Stack() as stack:
+        domain = Domain(stack.mongo_url, stack.nats_url, "drsm", "drsm")
+        async with domain.agent(), Demux.connect(domain.nats_url, POOL) as demux:
+            pods = [Drsm.connect(domain.nats_url, Pod(f"amf-{i}", "10.0.0.1", "nf")) for i in range(2)]
+            async with pods[0], pods[1]:
+                for drsm in pods:
+                    await drsm.join(POOL)
+                before = [drsm.incarnation for drsm in pods]
+                stack.nats.pause()
+                await eventually(lambda: all(drsm.state == "suspect" for drsm in pods))
+                await asyncio.sleep(
+                    2.0
+                )  # well beyond `L`; nothing can be awaited of a server that stands still
+                stack.nats.resume()
+                await eventually(lambda: demux.synced and all(drsm.state == "live" for drsm in pods))
+                assert [drsm.incarnation for drsm in pods] == before
+                assert {owner.state for owner in demux.pods()} == {"live"}
+
+
+async def test_a_mirror_follows_its_session_and_is_never_missing_for_a_restarted_name(
+    domain: Domain,
+) -> None:
+    """Go pods see `expireAt` at least `2A` ahead, and never a deleted keepalive of a living name."""
+    async with domain.served() as asking, mongo_client(domain) as client:
+        collection = client[domain.database][POOL]
+        old = (await asking.open("amf-1", request_id="old")).incarnation
+        await asking.renew("amf-1", old)
+        async with renewing(asking, ("amf-1", old)):
+            mirror = await _mirror(collection, old)
+        ahead = mirror["expireAt"].replace(tzinfo=UTC) - datetime.now(UTC)
+        assert ahead.total_seconds() > 2 * 300
+        assert (mirror["podId"], mirror["podIp"]) == ("amf-1", "10.0.0.1")
+        async with await collection.watch() as changes:
+            new = (await asking.open("amf-1", request_id="new")).incarnation
+            await asking.renew("amf-1", new)
+            async with renewing(asking, ("amf-1", new)):
+                await _mirror(collection, new)
+            while (change := await changes.try_next()) is not None:
+                assert change["operationType"] != "delete"
+
+
+async def _mirror(collection: Any, incarnation: int) -> dict[str, Any]:
+    async with asyncio.timeout(20):
+        while True:
+            found = await collection.find_one({"_id": "amf-1"})
+            if found and found["drsm"]["incarnation"] == incarnation:
+                return dict(found)
+            await asyncio.sleep(0.05)
+
+
+async def test_many_that_would_expire_at_once_are_spared_once(domain: Domain) -> None:
+    """R7: more than two and more than 30 % at once get one more full `L`; then they are down."""
+    async with domain.served() as asking:
+        for i in range(4):
+            await asking.renew(f"amf-{i}", (await asking.open(f"amf-{i}")).incarnation)
+        began = asyncio.get_running_loop().time()
+        await asking.seen(lambda: len(asking.of(m.PodDown)) == 4)
+        assert asyncio.get_running_loop().time() - began > 1.5 * domain.settings().liveness_ttl
