@@ -63,8 +63,13 @@ class Endpoints:
             )
             await self._refuse(incoming, route, overloaded)
             return
-        self._in_flight += 1
-        self._tasks.create_task(self._serve(incoming, route))
+        serving = self._serve(incoming, route)
+        try:
+            self._tasks.create_task(serving)
+        except RuntimeError:  # the lead's scope is ending: this agent answers nothing any more
+            serving.close()
+        else:
+            self._in_flight += 1
 
     async def _serve(self, incoming: Incoming, route: Route) -> None:
         started = time.perf_counter()

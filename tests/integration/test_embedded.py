@@ -39,9 +39,13 @@ from drsm_agent.embedded import (
 
 EVENTUALLY_SECONDS = 30.0
 
+# (A shell's background jobs inherit an ignored SIGINT; these scripts must heed it all the same.)
 STACK_UNTIL_KILLED = """
 import asyncio
+import signal
 from drsm_agent.embedded import Stack
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 async def main():
     async with Stack():
