@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from drsm_sdk.ambient import Chance, Clock, boottime
+from drsm_sdk.ambient import Backoff, Chance, Clock, boottime
 from drsm_sdk.errors import AgentUnavailable, BadRequest, SessionLost
 from drsm_sdk.nats_transport import NatsTransport
 from drsm_sdk.pods import Pod
@@ -20,6 +20,7 @@ from drsm_sdk.wire.subjects import PREFIX_DEFAULT, Subjects, valid_pool_name
 OnSilence = Literal["continue", "stop"]
 
 TIMEOUT = 5.0
+JOIN_RETRY_FIRST, JOIN_RETRY_MOST = 0.2, 5.0
 
 
 class Drsm:
@@ -56,7 +57,8 @@ class Drsm:
             chance=chance,
             stop_when_suspect=on_silence == "stop",
         )
-        self._pools: dict[str, Pool] = {}
+        self._chance = chance
+        self._pools: dict[str, tuple[Pool, asyncio.Future[None]]] = {}
 
     @classmethod
     def connect(
@@ -139,58 +141,73 @@ class Drsm:
         `in_use(first, last)` tells which ids of a range are in use, for chunks claimed from dead pods; plain
         (then it runs in a thread) or async. Without it such chunks are owned and routed but never issued
         from. Joining again with the same function returns the same pool. `timeout` in seconds, by default
-        that of `connect`. Raises BadRequest (also for an unknown pool) and AgentUnavailable.
+        that of `connect`. Raises BadRequest (also for an unknown pool) and AgentUnavailable; after the latter
+        the pod goes on joining, as the agent may have heard it: call again to get the pool.
         """
         if not valid_pool_name(name):
             raise BadRequest(
                 f"pool name: expected [a-z0-9][a-z0-9_-]{{0,31}} not beginning with drsm_, found {name!r}"
             )
-        if name in self._pools:
-            return self._again(self._pools[name], in_use)
         if self._tasks.failure is not None or self._session.closing:
             raise self._session.refusal()
         timeout = self._timeout if timeout is None else timeout
-        pool = self._pools[name] = Pool(name, self._session, self._rpc, in_use)
+        pool, ready = self._joining(name, in_use)
         try:
             async with asyncio.timeout(timeout):
-                await pool.listen()
-                await self._begin(pool, timeout)
-                await pool.ready()
+                await asyncio.shield(ready)
         except TimeoutError:
             reason = pool.trouble()
-            await self._leave(pool)
             raise AgentUnavailable(f"pool {name} was not ready within {timeout:g} s: {reason}") from None
-        except BaseException:
-            await self._leave(pool)
-            raise
         return pool
 
     # --- inside ---------------------------------------------------------------------------------
 
-    async def _begin(self, pool: Pool, timeout: float) -> None:
-        """Join under the present session; again when that one is lost meanwhile."""
+    def _joining(self, name: str, in_use: InUse | None) -> tuple[Pool, asyncio.Future[None]]:
+        """The pool of this name, and when it is ready: one and the same for all who join it."""
+        if name in self._pools:
+            pool, ready = self._pools[name]
+            if in_use is not pool.in_use:
+                raise BadRequest(f"pool {name} was joined with another in_use; join once and keep the Pool")
+            return pool, ready
+        pool, ready = Pool(name, self._session, self._rpc, in_use), asyncio.Future()
+        self._pools[name] = pool, ready
+        self._tasks.start(self._join(pool, ready), f"join-{name}")
+        return pool, ready
+
+    async def _join(self, pool: Pool, ready: asyncio.Future[None]) -> None:
+        """Join until it is done or refused, whoever still waits for it: once the agent has heard of it, it
+        counts on this pod and gives it chunks of others."""
+        try:
+            await pool.listen()
+            await self._begin(pool)
+            await pool.ready()
+        except (BadRequest, SessionLost) as refused:
+            self._pools.pop(pool.name, None)
+            await pool.close()
+            ready.set_exception(refused)
+            ready.exception()  # perhaps nobody waits any more
+        else:
+            ready.set_result(None)
+        finally:
+            if not ready.done():
+                ready.cancel()
+
+    async def _begin(self, pool: Pool) -> None:
+        """Join under the present session; again when that one is lost meanwhile, or silent."""
+        backoff = Backoff(self._chance, JOIN_RETRY_FIRST, JOIN_RETRY_MOST)
         while True:
             life = await self._session.opened()
             try:
-                definition = await self._session.join(life, pool.name, timeout)
+                definition = await self._session.join(life, pool.name)
             except SessionLost:
                 if self._tasks.failure is not None or self._session.closing:
                     raise
-                continue
-            self._session.members[pool.name] = pool
-            pool.begin(life, definition)
-            return
-
-    @staticmethod
-    def _again(pool: Pool, in_use: InUse | None) -> Pool:
-        if in_use is not pool.in_use:
-            raise BadRequest(f"pool {pool.name} was joined with another in_use; join once and keep the Pool")
-        return pool
-
-    async def _leave(self, pool: Pool) -> None:
-        self._pools.pop(pool.name, None)
-        self._session.members.pop(pool.name, None)
-        await pool.close()
+            except AgentUnavailable:
+                await asyncio.sleep(backoff.delay())
+            else:
+                self._session.members[pool.name] = pool
+                pool.begin(life, definition)
+                return
 
     def _failed(self) -> None:
         """A background task broke: issue nothing more."""
@@ -200,7 +217,7 @@ class Drsm:
 
     async def _close(self) -> None:
         await self._tasks.stop()
-        for pool in self._pools.values():
+        for pool, _ in self._pools.values():
             await pool.close()
         await self._transport.close()
 

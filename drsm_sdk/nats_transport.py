@@ -130,6 +130,7 @@ class NatsTransport:
             raise NotConnected(f"publishing failed: {_text(error)}") from None
 
     async def subscribe(self, subject: str, callback: Callback) -> _Subscription:
+        self._subscriptions = [kept for kept in self._subscriptions if not kept.stopped]
         subscription = _Subscription(subject, callback)
         self._subscriptions.append(subscription)
         if self._client is not None and self.connected:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from drsm_sdk import changes
-from drsm_sdk.errors import AgentUnavailable, DrsmError, PoolEmpty, PoolExhausted, SessionLost
+from drsm_sdk.errors import AgentUnavailable, BadRequest, DrsmError, PoolEmpty, PoolExhausted, SessionLost
 from drsm_sdk.feed import Feed, Reader
 from drsm_sdk.follow import Follower
 from drsm_sdk.lease import Leases
@@ -129,7 +129,9 @@ class Pool:
     def release(self, id_: int) -> None:
         """Give an id back; it is issued again last, and not before its quarantine. Raises NotOwner or
         NotAllocated, and then nothing has changed. In a claimed chunk that is not scanned yet it changes
-        nothing either: the scan decides."""
+        nothing either: the scan decides. Raises BadRequest for what is no int."""
+        if type(id_) is not int:  # True would be taken for 1, and issued later
+            raise BadRequest(f"release: expected an id as int, found {type(id_).__name__}")
         self._stock.release(id_, self._clock())
         if self._waiting:
             self._changed()

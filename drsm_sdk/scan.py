@@ -6,8 +6,9 @@ goes wrong counts as "all ids are in use", and the scan is tried again.
 
 import asyncio
 import inspect
+import threading
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import islice
 from typing import Any
 
@@ -29,7 +30,8 @@ class Scanner:
     def __init__(self, in_use: InUse) -> None:
         self._in_use = in_use
         self._slots = asyncio.Semaphore(CONCURRENT)
-        self._threads = ThreadPoolExecutor(CONCURRENT, thread_name_prefix="drsm-scan")
+        self._closed = False
+        self._threads: set[threading.Thread] = set()
 
     async def scan(self, first: int, last: int, begun: Callable[[], object]) -> frozenset[int]:
         """Ids in use. Calls `begun` right before the application's function is asked. Raises ScanError, and
@@ -44,16 +46,30 @@ class Scanner:
         return _checked(found, first, last)
 
     def close(self) -> None:
-        """Start no further scan. A plain function that is running cannot be interrupted."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Start no further scan. A plain function that is running cannot be interrupted; its thread does
+        not keep the process from ending."""
+        self._closed = True
+
+    def _in_thread(self, first: int, last: int, most: int) -> Future[Any]:
+        """A daemon thread of its own for each: one that hangs must not keep the application from ending."""
+        if self._closed:
+            raise ScanError("the pool was left")
+        self._threads = {thread for thread in self._threads if thread.is_alive()}
+        if len(self._threads) >= CONCURRENT:
+            raise ScanError(f"{CONCURRENT} earlier calls of in_use have not returned yet")
+        answer: Future[Any] = Future()
+        arguments = (answer, self._in_use, first, last, most)
+        thread = threading.Thread(target=_run, args=arguments, name="drsm-scan", daemon=True)
+        self._threads.add(thread)
+        thread.start()
+        return answer
 
     async def _ask(self, first: int, last: int) -> list[Any]:
         most = last - first + 2
         if _is_async(self._in_use):
             result: Any = self._in_use(first, last)
         else:
-            loop = asyncio.get_running_loop()
-            result = await loop.run_in_executor(self._threads, _called, self._in_use, first, last, most)
+            result = await asyncio.wrap_future(self._in_thread(first, last, most))
         if inspect.isawaitable(result):
             result = await result
         if isinstance(result, AsyncIterable):
@@ -64,6 +80,15 @@ class Scanner:
                     break
             return found
         return _listed(result, most)
+
+
+def _run(answer: Future[Any], in_use: InUse, first: int, last: int, most: int) -> None:
+    if not answer.set_running_or_notify_cancel():
+        return
+    try:
+        answer.set_result(_called(in_use, first, last, most))
+    except BaseException as error:
+        answer.set_exception(error)
 
 
 def _is_async(function: object) -> bool:

@@ -35,6 +35,35 @@ async def test_a_released_id_is_issued_again_last(domain: Domain) -> None:
         assert first not in issued[:28]
 
 
+async def test_joining_twice_at_once_gives_one_pool_that_is_ready(domain: Domain) -> None:
+    """Nobody gets a pool that another call is still building up, or may yet give up."""
+    async with domain.agent(), drsm_of(domain, "amf-1") as drsm:
+        one, two = await asyncio.gather(drsm.join(POOL), drsm.join(POOL))
+        assert one is two
+        assert one.allocate_nowait()
+
+
+async def test_a_join_that_was_given_up_goes_on_and_is_adopted_by_the_next(domain: Domain) -> None:
+    """The agent may have heard it and counts on the pod; what it gives must not lie in a black hole."""
+    contexts: list[tuple[int, int]] = []
+
+    def in_use(first: int, last: int) -> list[int]:
+        contexts.append((first, last))
+        return []
+
+    short = {"allocation_ttl": 3.5, "pools": [{"name": POOL, "usage_lag_ms": 0}]}
+    async with domain.agent(**short), drsm_of(domain, "amf-1") as drsm, pod(domain, "amf-2") as other:
+        with pytest.raises(AgentUnavailable):
+            await drsm.join(POOL, in_use, timeout=0.0)
+        await eventually(lambda: "amf-1" in {owner.name for owner in other.pods()})
+        async with drsm_of(domain, "amf-3") as leaving:
+            left = await (await leaving.join(POOL)).allocate()
+        await eventually(lambda: (owner := other.owner(left)) and owner.name in {"amf-1", "amf-2"})
+        pool = await drsm.join(POOL, in_use)
+        assert pool.allocate_nowait()
+        await eventually(lambda: contexts or ((owner := other.owner(left)) and owner.name == "amf-2"))
+
+
 async def test_stock_is_kept_ahead_so_that_a_burst_of_a_chunk_never_waits(domain: Domain) -> None:
     """At least one chunk ahead: as many ids as a chunk has can be taken without any wait."""
     async with domain.agent(), pod(domain, "amf-1") as pool:
@@ -54,6 +83,10 @@ async def test_exhaustion_is_an_error_at_once_and_release_makes_room(domain: Dom
         assert len(ids) == len(set(ids)) == 32 * 4 - 1
         one.release(next(id_ for id_ in ids if one.owner(id_) == one.owner(ids[0])))
         assert await one.allocate()
+
+
+def drsm_of(domain: Domain, name: str) -> Drsm:
+    return Drsm.connect(domain.nats_url, Pod(name, "10.0.0.1", "nf"), prefix=domain.prefix)
 
 
 async def take_all(pool: Pool, ids: list[int]) -> None:
