@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from drsm_agent import logs, settings
+from drsm_agent.embedded import Stack
 from drsm_agent.embedded.errors import EmbeddedError
 from drsm_agent.errors import AgentError, Misconfigured, leaf
 from drsm_agent.service import running
@@ -59,52 +60,69 @@ async def _run() -> None:
     logs.configure(configured.log_format, configured.log_level)
     for name in settings.unknown_variables():
         log.warning("unknown_setting", name=name)
-    stop = asyncio.Event()
-    with _signals(stop):
-        async with running(configured) as agent:
-            log.info("running", agent=agent.name, http_port=agent.http_port)
-            await _first(stop.wait(), agent.ended())
-            log.info("stopping", reason="signal" if stop.is_set() else "fault")
+    await _until_signal(_serve(configured))
+
+
+async def _serve(configured: settings.Settings) -> None:
+    async with running(configured) as agent:
+        log.info("running", agent=agent.name, http_port=agent.http_port)
+        await agent.ended()
 
 
 async def _dev(pools: list[str], members: int, mongo_port: int | None, nats_port: int | None) -> None:
-    from drsm_agent.embedded import Stack  # noqa: PLC0415  # only with the extra `embedded`
-
     logs.configure("console", "info")
-    stop = asyncio.Event()
-    with _signals(stop):
-        async with Stack(mongo_members=members, mongo_port=mongo_port, nats_port=nats_port) as stack:
-            configured = settings.load(
-                nats_url=stack.nats_url,
-                mongo_url=stack.mongo_url,
-                pools=[{"name": name} for name in pools],
-                http_port=0,
-            )
-            async with running(configured) as agent:
-                await _first(agent.leader.leading.wait(), agent.ended())
-                print(
-                    f"MongoDB  {stack.mongo_url}\nNATS     {stack.nats_url}\nready; Ctrl-C stops all",
-                    flush=True,
-                )
-                await _first(stop.wait(), agent.ended())
+    stack = Stack(mongo_members=members, mongo_port=mongo_port, nats_port=nats_port)
+    await _until_signal(_develop(stack, pools))
+
+
+async def _develop(stack: Stack, pools: list[str]) -> None:
+    async with stack:
+        configured = settings.load(
+            nats_url=stack.nats_url,
+            mongo_url=stack.mongo_url,
+            pools=[{"name": name} for name in pools],
+            http_port=0,
+        )
+        async with running(configured) as agent:
+            ended = asyncio.create_task(agent.ended())
+            led = asyncio.create_task(agent.leader.leading.wait())
+            await asyncio.wait([ended, led], return_when=asyncio.FIRST_COMPLETED)
+            if led.done():
+                print(f"MongoDB  {stack.mongo_url}\nNATS     {stack.nats_url}", flush=True)
+                print("ready; Ctrl-C stops everything", flush=True)
+            led.cancel()
+            await ended
 
 
 async def _demo() -> None:
     from drsm_agent.demo.story import demonstrate  # noqa: PLC0415  # only with the extra `embedded`
 
+    async def tell() -> None:
+        if not await demonstrate(Console()):
+            raise SystemExit(FAULT)
+
     logs.configure("console", "error")
-    if not await demonstrate(Console()):
+    if not await _until_signal(tell()):
         raise SystemExit(FAULT)
 
 
-async def _first(*waits: Coroutine[object, object, object]) -> None:
-    """Return when the first of them does; the others are cancelled."""
-    tasks = [asyncio.create_task(wait) for wait in waits]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
+async def _until_signal(work: Coroutine[object, object, None]) -> bool:
+    """Do the work until it ends, or a signal ends it in good order, at whatever point it is. Whether it
+    ended by itself."""
+    stop = asyncio.Event()
+    with _signals(stop):
+        stopping = asyncio.create_task(stop.wait())
+        working = asyncio.create_task(work)
+        await asyncio.wait([stopping, working], return_when=asyncio.FIRST_COMPLETED)
+        if stopping.done():
+            log.info("stopping", reason="signal")
+        stopping.cancel()
+        working.cancel()
+        await asyncio.wait([working])
+    if working.cancelled():
+        return False
+    working.result()
+    return True
 
 
 def _finish(work: Callable[[], Awaitable[None]]) -> None:
@@ -114,6 +132,9 @@ def _finish(work: Callable[[], Awaitable[None]]) -> None:
     except* (Misconfigured, EmbeddedError) as group:
         _fail(group, REFUSED)
     except* AgentError as group:
+        _fail(group, FAULT)
+    except* Exception as group:
+        log.critical("crashed", exc_info=leaf(group))
         _fail(group, FAULT)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from drsm_agent.errors import BusUnavailable, LeadLost, Refused, StoreUnavailable
+from drsm_agent.errors import BusUnavailable, LeadLost, Refused, StoreUnavailable, TooLarge
 from drsm_agent.lead import Lead
 from drsm_agent.metrics import Metrics
 from drsm_agent.ports import Bus, Incoming
@@ -57,6 +57,8 @@ class Endpoints:
         route = self._subjects.route(incoming.subject)
         if route is None or (self._requests is None and route.verb != "probe"):
             return
+        if incoming.reply.startswith(f"{self._subjects.prefix}.evt."):
+            return  # a client must not have us put its answer among the events
         if self._in_flight >= IN_FLIGHT_MAX:
             overloaded = Refused(
                 "store_unavailable", "too many requests at once", reason="overloaded", retry=True
@@ -85,6 +87,9 @@ class Endpoints:
             log.warning("store_unavailable", verb=route.verb, error=str(error))
             message = "the store did not answer in time; the request may be repeated"
             await self._refuse(incoming, route, Refused("store_unavailable", message, retry=True))
+        except TooLarge as error:
+            outcome = "too_large"
+            await self._refuse(incoming, route, Refused("too_large", f"the answer has {error}"))
         except (LeadLost, BusUnavailable) as error:
             outcome = "silent"
             log.debug("not_answered", verb=route.verb, error=str(error))
@@ -104,7 +109,8 @@ class Endpoints:
             body = codec.decode(incoming.data)
             as_json = codec.is_json(incoming.data)
             if route.verb == "probe":
-                await self._reply(incoming, {"nonce": body.get("nonce")}, as_json=as_json)
+                probe = codec.from_map(m.Probe, body)
+                await self._reply(incoming, codec.to_map(probe), as_json=as_json)
             elif route.verb == "snapshot":
                 await self._send_snapshot(incoming, route, as_json=as_json)
             else:
@@ -158,7 +164,7 @@ class Endpoints:
             self._lead.check()
             body = codec.to_map(failure) | self._stamp
             await self._bus.publish(incoming.reply, codec.encode(body, as_json=as_json), headers)
-        except (LeadLost, BusUnavailable) as unanswered:
+        except (LeadLost, BusUnavailable, TooLarge) as unanswered:
             log.debug("not_refused", verb=route.verb, error=str(unanswered))
 
 

@@ -4,6 +4,7 @@ AgentError
  +- StoreUnavailable     the store did not answer in time, or the outcome of a write is unknown: try later
  +- PositionLost         the change stream cannot go on from here: read everything anew
  +- BusUnavailable       NATS did not take it: publish again once connected
+ +- TooLarge             more than NATS takes in one message
  +- LeadLost             this agent does not lead at this moment: write, publish and answer nothing
  +- Refused              a request was refused; carries what the requester is told
  +- Misconfigured        this agent must not start; the message says what to change
@@ -21,15 +22,20 @@ class StoreUnavailable(AgentError):
 
 
 class PositionLost(AgentError):
-    """The change stream ended for good, or its position is gone from the oplog. `code` is MongoDB's."""
+    """The change stream ended for good, or its position is gone from the oplog. `code` is MongoDB's;
+    `data_lost` if it ended because a collection or the database was dropped or renamed."""
 
-    def __init__(self, message: str, code: int | None = None) -> None:
+    def __init__(self, message: str, code: int | None = None, *, data_lost: bool = False) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.data_lost = code, data_lost
 
 
 class BusUnavailable(AgentError):
     """NATS is not connected, or was not all the while since a message was handed to it."""
+
+
+class TooLarge(AgentError):
+    """A message is larger than the server takes, headers included."""
 
 
 class LeadLost(AgentError):

@@ -54,6 +54,8 @@ class State:
     """One life of the table: from a full read until the position is lost."""
 
     table: Table
+    after_loss: bool = False
+    """Documents were dropped under the table before it."""
     log: deque[Entry] = field(default_factory=deque)
     lost: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -71,6 +73,7 @@ class Feed:
         self._news = asyncio.Event()
         self._room = asyncio.Event()
         self._end: Position | None = None
+        self._after_loss = False
         self.heard_at = float("-inf")
         self.on_change: Callable[[Entry], None] | None = None
 
@@ -83,6 +86,7 @@ class Feed:
                     "position_lost", error=str(error), code=error.code, action="reading everything anew"
                 )
                 self._metrics.position_lost.labels(code=str(error.code)).inc()
+                self._after_loss = error.data_lost
             finally:
                 self._forget()
 
@@ -123,7 +127,7 @@ class Feed:
 
     async def _load(self) -> State:
         snapshot = await self._store.snapshot()
-        state = State(read_table(self._pools, snapshot))
+        state = State(read_table(self._pools, snapshot), self._after_loss)
         counts = {name: len(pool.chunks) for name, pool in state.table.pools.items()}
         log.info("table_read", at=snapshot.at, chunks=counts, sessions=len(state.table.sessions))
         self._state, self._end, self.heard_at = state, None, self._clock()

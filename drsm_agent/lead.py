@@ -2,24 +2,33 @@
 
 from drsm_agent.core.election import Election
 from drsm_agent.errors import LeadLost
-from drsm_agent.ports import Clock
+from drsm_agent.ports import Chance, Clock
+
+COUNTER_START_BELOW = 2**31
+"""Random, so that a term that was lost with the database does not give the same incarnations again."""
 
 
 class Lead:
     """One term's lead of this agent."""
 
-    def __init__(self, election: Election, clock: Clock) -> None:
+    def __init__(self, election: Election, clock: Clock, chance: Chance) -> None:
         if election.mine is None:
             raise LeadLost("this agent does not lead")
         self._election, self._clock = election, clock
         self.agent, self.term = election.agent, election.mine.term
         self.since = clock()
+        self._incarnations = chance.below(COUNTER_START_BELOW)
 
     def check(self) -> None:
         """Raise LeadLost unless the lead is valid at this moment (rule R2)."""
         mine = self._election.mine
         if mine is None or mine.term != self.term or not self._election.held(self._clock()):
             raise LeadLost(f"the lead of term {self.term} is not valid any more")
+
+    def next_incarnation(self) -> int:
+        """`term << 32 | n`: above every incarnation before it, also after the table was read anew."""
+        self._incarnations += 1
+        return self.term << 32 | self._incarnations
 
     def age(self) -> float:
         """Seconds since this lead began."""

@@ -33,6 +33,7 @@ from drsm_agent.probe import Probe
 from drsm_agent.reaper import Reaper
 from drsm_agent.relay import Relay, position_document
 from drsm_agent.requests import Requests
+from drsm_agent.store.stored import ensure_singletons
 from drsm_sdk.wire.definition import Definition
 from drsm_sdk.wire.subjects import Subjects
 
@@ -64,6 +65,8 @@ class Leader:
     def __init__(self, agent: str, parts: Parts) -> None:
         self._parts = parts
         self._election = Election(agent, parts.leases.leader)
+        self._highest = 0
+        self._led_at = parts.clock()
         self.leading = asyncio.Event()
 
     @property
@@ -71,20 +74,29 @@ class Leader:
         """The leader's record as last read: who leads when this agent does not."""
         return self._election.seen
 
+    def leaderless(self) -> float:
+        """Seconds since anybody was seen to lead; 0 while this agent serves."""
+        return 0.0 if self.leading.is_set() else self._parts.clock() - self._led_at
+
     async def run(self) -> None:
         while True:
             await self._campaign()
+            began = self._parts.clock()
             try:
                 await self._lead()
             except* LeadLost as lost:
                 log.warning("lead_lost", reason=str(leaf(lost)))
             finally:
+                if self.leading.is_set():
+                    self._led_at = self._parts.clock()
                 self.leading.clear()
                 self._parts.metrics.leading.set(0)
                 mine = self._election.mine
                 self._election.lost()
                 if mine:
                     await self._give_up(mine)
+            if self._parts.clock() - began < self._parts.leases.leader:
+                await asyncio.sleep(self._parts.chance.jitter(self._parts.leases.leader))  # not in a loop
 
     # --- The lease ------------------------------------------------------------------------------
 
@@ -103,16 +115,23 @@ class Leader:
     async def _try_to_win(self) -> bool:
         record = writes.read_leader(_first(await self._parts.store.read(writes.LEADER)))
         sent = self._parts.clock()
+        if record and record.holder and record != self._election.seen:
+            self._led_at = sent
         taken = self._election.observed(record, sent, self._highest_term())
         if taken is None or not (await self._parts.store.write([taken])).changed:
             return False
         mine = self._election.won(taken, sent)
+        self._highest = max(self._highest, mine.term)
         log.info("lead_won", term=mine.term, agent=mine.holder)
         return True
 
     def _highest_term(self) -> int:
+        """Of what was ever seen here: a database that lost its documents must not make terms go back."""
         state = self._parts.feed.current
-        return max((s.term for s in state.table.sessions.values()), default=0) if state else 0
+        stored = max((s.term for s in state.table.sessions.values()), default=0) if state else 0
+        seen = self._election.seen
+        self._highest = max(self._highest, stored, seen.term if seen else 0)
+        return self._highest
 
     async def _skip_published(self) -> None:
         state = self._parts.feed.current
@@ -150,7 +169,7 @@ class Leader:
     # --- The scope ------------------------------------------------------------------------------
 
     async def _lead(self) -> None:
-        lead = Lead(self._election, self._parts.clock)
+        lead = Lead(self._election, self._parts.clock, self._parts.chance)
         self._parts.metrics.term.set(lead.term)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._keep(lead), name="keep-lead")
@@ -175,6 +194,7 @@ class Leader:
 
     async def _serve(self, lead: Lead, state: State, tasks: asyncio.TaskGroup) -> None:
         parts = self._parts
+        await _retrying(lambda: ensure_singletons(parts.store))  # somebody may have dropped them
         relay = await self._take_up_history(lead, state, tasks)
         tasks.create_task(relay.run(), name="relay")
         await _retrying(lambda: self._stamp(lead, relay))
@@ -219,6 +239,7 @@ class Leader:
         tasks.create_task(probe.run(), name="probe")
         await probe.answered.wait()
         liveness = self._full_leases(table)
+        grants_from = self._grants_from(state)
         requests = Requests(
             tasks=tasks,
             table=table,
@@ -230,6 +251,7 @@ class Leader:
             clock=parts.clock,
             chance=parts.chance,
             metrics=parts.metrics,
+            grants_from=grants_from,
         )
         reaper = Reaper(
             table=table,
@@ -242,6 +264,7 @@ class Leader:
             clock=parts.clock,
             chance=parts.chance,
             metrics=parts.metrics,
+            grants_from=grants_from,
         )
         mirrors = Mirrors(
             table=table,
@@ -295,6 +318,16 @@ class Leader:
         await relay.publish_log()
         await relay.send_resets("the table was read anew")
         return relay
+
+    def _grants_from(self, state: State) -> float:
+        """When this leader may grant and claim. After documents were dropped under it, not before every pod
+        that may still issue from them has certainly stopped, `A + W`: their chunks look free now."""
+        if not state.after_loss:
+            return float("-inf")
+        lag = max(pool.usage_lag_ms for pool in self._parts.definitions.values()) / 1000
+        wait = self._parts.leases.allocation + lag
+        log.error("documents_dropped", action=f"nothing is granted or claimed for {wait:g} s")
+        return self._parts.clock() + wait
 
     def _full_leases(self, table: Table) -> LivenessLeases:
         """Every session gets a full `L` from now on; superseded ones keep their chunks that long too."""

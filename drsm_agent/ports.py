@@ -121,7 +121,7 @@ class Bus(Protocol):
     async def publish(
         self, subject: str, data: bytes, headers: Mapping[str, str] | None = None, reply: str = ""
     ) -> None:
-        """Hand a message to the connection. Raises BusUnavailable while there is none."""
+        """Hand a message to the connection. Raises BusUnavailable while there is none, TooLarge."""
 
     async def flush(self) -> None:
         """Return once the server has all that was published since the last flush; BusUnavailable if the

@@ -10,7 +10,7 @@ import structlog
 from drsm_agent.errors import BusUnavailable
 from drsm_agent.lead import Lead
 from drsm_agent.ports import Bus, Chance, Clock
-from drsm_sdk.wire import codec
+from drsm_sdk.wire import codec, messages
 from drsm_sdk.wire.subjects import Subjects
 
 PROBES_PER_LEASE = 6
@@ -58,7 +58,9 @@ class Probe:
 
     async def _ask(self) -> None:
         nonce = self._chance.token()
-        answer = await self._bus.request(self._subject, codec.encode({"nonce": nonce}), self.period)
+        answer = await self._bus.request(
+            self._subject, codec.encode(codec.to_map(messages.Probe(nonce))), self.period
+        )
         body = codec.decode(answer)
         if (body.get("agent"), body.get("nonce")) != (self._lead.agent, nonce):
             raise BusUnavailable("another agent answered")

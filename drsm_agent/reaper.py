@@ -13,7 +13,7 @@ from typing import TypeVar
 import structlog
 
 from drsm_agent.core import writes
-from drsm_agent.core.documents import DEAD, GO_INCARNATION, LIVE, Chunk, Owner, Session, chunk_number
+from drsm_agent.core.documents import DEAD, GO_INCARNATION, LIVE, Chunk, Owner, Session
 from drsm_agent.core.lease import Leases, renew_period
 from drsm_agent.core.placement import Placed, hold_ms, plan
 from drsm_agent.core.session import Key, LivenessLeases
@@ -60,11 +60,13 @@ class Reaper:
         clock: Clock,
         chance: Chance,
         metrics: Metrics,
+        grants_from: float = float("-inf"),
     ) -> None:
         self._table, self._relay, self._lead = table, relay, lead
         self._leases, self._liveness, self._definitions = leases, liveness, definitions
         self._probe, self._clock = probe, clock
         self._chance, self._metrics = chance, metrics
+        self._grants_from = grants_from
         self._news = asyncio.Event()
         self._dead_since: dict[Key, float] = {}
         self._spared_at = float("-inf")
@@ -74,7 +76,7 @@ class Reaper:
         """Something changed: look again. Keepalives are the only sign of life of Go pods."""
         now = self._clock()
         for space, key in entry.changed:
-            if space in self._table.pools and chunk_number(key) is None:
+            if (space, key) in self._go_heard:
                 self._go_heard[space, key] = now
         if entry.events:
             self._news.set()
@@ -156,6 +158,8 @@ class Reaper:
     # --- Step two: chunks -------------------------------------------------------------------------
 
     async def _claim_orphans(self) -> None:
+        if self._clock() < self._grants_from:
+            return
         for pool in self._table.pools.values():
             placed = plan(self._claimable(pool), self._living(pool))
             for batch in _batches(placed):

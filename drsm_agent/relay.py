@@ -67,7 +67,7 @@ class Relay:
         self._position: Position | None = None
         self._saved: Position | None = None
         self._barriers: Flight[None, None] = Flight(tasks, self._touch)
-        self._unknown = False
+        self._unknown = 0
 
     # --- What requests and claims use -----------------------------------------------------------
 
@@ -88,7 +88,7 @@ class Relay:
             if outcome.changed != len(decided) or not shown():
                 await self.barrier()
         except StoreUnavailable:
-            self._unknown = True
+            self._unknown += 1
             raise
         finally:
             self._expect_no_more(keys, expected)
@@ -97,9 +97,10 @@ class Relay:
     async def read_back(self) -> None:
         """After a write whose outcome is unknown: return once the table shows what became of it. Who is
         about to decide the same again calls this first, and then looks at the table."""
-        if self._unknown:
+        unknown = self._unknown
+        if unknown:
             await self.barrier()
-            self._unknown = False
+            self._unknown -= unknown
 
     async def write_unseen(self, decided: Sequence[Write]) -> None:
         """Write what is no event, so that nobody waits to see it: keepalive mirrors."""
@@ -253,12 +254,18 @@ class Relay:
             outcome = await self._store.write(
                 [writes.save_position(self._lead.term, position_document(self._position, self.history))]
             )
+            if not outcome.changed:
+                await self._explain_unsaved()
         except StoreUnavailable as error:
             log.warning("position_not_saved", error=str(error))
             return
-        if not outcome.changed:
+        self._saved = self._position if outcome.changed else None
+
+    async def _explain_unsaved(self) -> None:
+        """Raise LeadLost if a higher term has saved its position; a document that is missing is made anew."""
+        if await self._store.read(writes.POSITION):
             raise LeadLost("an agent of a higher term has saved its position")
-        self._saved = self._position
+        await self._store.write([writes.first_position()])
 
 
 async def _within(timeout: float, expected: "asyncio.Future[Any]") -> None:

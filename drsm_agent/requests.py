@@ -33,7 +33,6 @@ from drsm_sdk.wire.definition import Definition
 
 ALLOCATION_ROUNDS_MAX = 8
 """Times that other allocators may pick the same numbers first before a requester is told to try again."""
-COUNTER_START_BELOW = 2**31
 CHUNKS_PER_FLIGHT_MAX = 10_000
 """Inserts of one bulk: 0.2 s on a small replica set. When more are asked for at once, all get fewer."""
 
@@ -65,11 +64,12 @@ class Requests:
         clock: Clock,
         chance: Chance,
         metrics: Metrics,
+        grants_from: float = float("-inf"),
     ) -> None:
         self._table, self._relay, self._lead, self._metrics = table, relay, lead, metrics
         self._leases, self._liveness, self._definitions = leases, liveness, definitions
         self._clock, self._chance = clock, chance
-        self._counter = chance.below(COUNTER_START_BELOW)
+        self._grants_from = grants_from
         self._use: dict[Key, dict[str, m.Use]] = {}
         self._free = {name: _free_numbers(definitions[name], pool) for name, pool in table.pools.items()}
         self._opens: Flight[m.Open, Session] = Flight(tasks, self._open_all)
@@ -99,6 +99,7 @@ class Requests:
             session = await self._opens.board((request.pod.name, request.request_id), request)
         if session.state == DEAD:
             raise _lost(session.reason)
+        await self._promise(session)
         self._extend(session.key)
         return m.Opened(
             incarnation=session.incarnation,
@@ -118,12 +119,10 @@ class Requests:
 
     async def renew(self, request: m.Renew) -> m.Renewed:
         session = await self._living(request.pod, request.incarnation)
-        if session.promised_ms < _ms(self._leases.allocation):
-            await self._relay.commit(
-                [writes.promise(*session.key, _ms(self._leases.allocation), self._lead.term)]
-            )
+        await self._promise(session)
         self._extend(session.key)
-        self._use[session.key] = {pool: use for pool, use in request.use.items() if pool in session.pools}
+        if use := {pool: use for pool, use in request.use.items() if pool in session.pools}:
+            self._use[session.key] = use
         return m.Renewed(
             liveness_ms=self._liveness_ms(),
             allocation_ms=_ms(holder_duration(self._leases.allocation)),
@@ -160,6 +159,9 @@ class Requests:
 
     async def acquire(self, pool: PoolTable, request: m.Acquire) -> m.Acquired:
         session = await self._member(pool, request.pod, request.incarnation)
+        if self._clock() < self._grants_from:
+            message = "documents were dropped: nothing is granted while their chunks may be in use"
+            raise Refused("store_unavailable", message, reason="data_lost", retry=True)
         wanted = _Wanted(session.owner, request.count, request.request_id)
         granted = self._granted(pool, wanted)
         if not granted:
@@ -360,6 +362,12 @@ class Requests:
         session = self._table.sessions.get((request.pod, request.incarnation))
         return session is None or set(request.pools) <= set(session.pools)
 
+    async def _promise(self, session: Session) -> None:
+        """Record a larger `A` than this session was promised so far, before the answer that promises it."""
+        promised_ms = _ms(self._leases.allocation)
+        if session.promised_ms < promised_ms:
+            await self._relay.commit([writes.promise(*session.key, promised_ms, self._lead.term)])
+
     # --- Leases -----------------------------------------------------------------------------------
 
     def _extend(self, key: Key) -> None:
@@ -375,12 +383,11 @@ class Requests:
         return renew_period(len(self._liveness))
 
     def _new_session(self, request: m.Open) -> Session:
-        self._counter += 1
         return Session(
             pod=request.pod.name,
             ip=request.pod.ip,
             instance=request.pod.instance,
-            incarnation=self._lead.term << 32 | self._counter,
+            incarnation=self._lead.next_incarnation(),
             term=self._lead.term,
             state=OPENED,
             pools=tuple(dict.fromkeys(request.pools)),
@@ -436,8 +443,9 @@ class Requests:
 
 
 def _free_numbers(definition: Definition, pool: PoolTable) -> FreeNumbers:
-    ours = (n for n, chunk in pool.chunks.items() if chunk.drsm)
-    return FreeNumbers(definition.capacity, max(ours, default=-1))
+    capacity = definition.capacity
+    ours = (n for n, chunk in pool.chunks.items() if chunk.drsm and n < capacity)
+    return FreeNumbers(capacity, max(ours, default=-1))
 
 
 def _ms(seconds: float) -> int:

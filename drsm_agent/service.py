@@ -29,6 +29,9 @@ CONNECT_TIMEOUT = 30.0
 STALE_AFTER = 10.0
 """A change stream says something every second, were it only that nothing happened."""
 
+LEADERLESS_TERMS = 3
+"""A take-over takes one `T` and a little; after three nobody is able to lead."""
+
 log = structlog.get_logger("drsm_agent.service")
 
 
@@ -60,6 +63,7 @@ class Agent:
                 metrics=self.metrics,
             ),
         )
+        self._leader_ttl = settings.leases.leader
         self.http_port = 0
         self.task: asyncio.Task[None] | None = None
 
@@ -90,6 +94,10 @@ class Agent:
             reasons.append("the table is not read yet")
         elif (staleness := self.feed.staleness()) > STALE_AFTER:
             reasons.append(f"the change stream has been silent for {staleness:.0f} s")
+        if (leaderless := self.leader.leaderless()) > LEADERLESS_TERMS * self._leader_ttl:
+            reasons.append(f"nobody has led for {leaderless:.0f} s")
+        if self._bus.forbidden:
+            reasons.append(self._bus.forbidden)
         return reasons
 
     async def _end_with_bus(self) -> None:

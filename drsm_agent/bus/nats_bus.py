@@ -21,7 +21,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
-from drsm_agent.errors import BusUnavailable, Misconfigured
+from drsm_agent.errors import BusUnavailable, Misconfigured, TooLarge
 from drsm_agent.ports import Handler, Incoming
 
 PING_INTERVAL = 2
@@ -30,6 +30,8 @@ PINGS_UNANSWERED_MAX = 2
 CONNECT_TIMEOUT = 2
 RECONNECT_WAIT_MAX = 2.0
 FLUSH_TIMEOUT = 2
+PAYLOAD_MIN = 128 * 1024
+"""What the server must take in one message: an event of 1000 claimed chunks with their grants is 40 KiB."""
 PENDING_REQUESTS_MAX = 65_536
 """Requests that wait to be read; beyond, nats-py drops the newest and the requester asks again."""
 
@@ -57,6 +59,8 @@ class NatsBus:
         self.reconnects = 0
         self.errors = 0
         self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.forbidden = ""
+        """The server's words when it refused an event for want of a permission, since the last flush."""
         self._echo_inbox = ""
         self._echoes: dict[bytes, asyncio.Future[None]] = {}
         self._echo_count = 0
@@ -79,6 +83,12 @@ class NatsBus:
                 f"cannot connect to NATS at {_shown(url)}: {error or type(error).__name__}; "
                 f"check DRSM_NATS_URL, credentials and TLS settings"
             ) from error
+        if bus.max_payload < PAYLOAD_MIN:
+            await bus.close()
+            raise Misconfigured(
+                f"expected a max_payload of at least {PAYLOAD_MIN} bytes at {_shown(url)}, "
+                f"found {bus.max_payload}; raise max_payload in the NATS server's configuration"
+            )
         return bus
 
     async def _connect(self, url: str, name: str, options: dict[str, Any]) -> None:
@@ -134,6 +144,10 @@ class NatsBus:
         self, subject: str, data: bytes, headers: Mapping[str, str] | None = None, reply: str = ""
     ) -> None:
         self._require_connection()
+        # nats-py looks at the payload alone; the server counts headers too, and closes for good what is over.
+        size = len(data) + sum(len(name) + len(text) + 4 for name, text in (headers or {}).items()) + 12
+        if size > self.max_payload:
+            raise TooLarge(f"{size} bytes for {subject}; the server takes {self.max_payload}")
         try:
             await self._client.publish(subject, data, reply=reply, headers=dict(headers) if headers else None)
         except NatsError as error:
@@ -154,6 +168,9 @@ class NatsBus:
             raise BusUnavailable(f"NATS did not confirm: {error or type(error).__name__}") from error
         finally:
             del self._echoes[name]
+        if forbidden := self.forbidden:
+            self.forbidden = ""
+            raise BusUnavailable(f"{forbidden}; give the agent's NATS user the permission")
         if not self.connected or self.reconnects != before:
             raise BusUnavailable("the NATS connection changed while messages were under way")
 
@@ -194,7 +211,11 @@ class NatsBus:
 
     async def _on_error(self, error: Exception) -> None:
         self.errors += 1
-        log.warning("nats_error", error=str(error) or type(error).__name__)
+        said = str(error) or type(error).__name__
+        log.warning("nats_error", error=said)
+        # The server says so before it sends the echo of a flush. (Of replies it is the asker's fault.)
+        if "permissions violation for publish" in said.lower() and ".evt." in said:
+            self.forbidden = said
 
     async def _on_disconnected(self) -> None:
         if not self._closing:

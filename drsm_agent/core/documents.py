@@ -200,16 +200,23 @@ def read_session(document: Mapping[str, Any]) -> Session | None:
             pod=str(document["pod"]),
             ip=str(document["ip"]),
             instance=str(document["instance"]),
-            incarnation=int(document["incarnation"]),
-            term=int(document["term"]),
+            incarnation=_whole(document["incarnation"]),
+            term=_whole(document["term"]),
             state=str(document["state"]),
             pools=tuple(map(str, document["pools"])),
             request_id=str(document["request_id"]),
-            promised_ms=int(document["promised_ms"]),
+            promised_ms=_whole(document["promised_ms"]),
             reason=str(document.get("reason", "")),
         )
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
+
+
+def _whole(value: Any) -> int:
+    """An integer as we write them. Anything else was written by somebody else, and does not count."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError("expected an integer from 0 to 2**63-1")
+    return value
 
 
 def _read_drsm(value: Any) -> Drsm | None:
@@ -220,10 +227,10 @@ def _read_drsm(value: Any) -> Drsm | None:
             pod=str(value["pod"]),
             ip=str(value["ip"]),
             instance=str(value["instance"]),
-            incarnation=int(value["incarnation"]),
+            incarnation=_whole(value["incarnation"]),
             grant=str(value.get("grant", "")),
             marked=bool(value.get("marked", False)),
-            hold_ms=int(value.get("hold_ms", 0)),
+            hold_ms=_whole(value.get("hold_ms", 0)),
             request_id=str(value.get("request_id", "")),
         )
     except (KeyError, TypeError, ValueError, OverflowError):

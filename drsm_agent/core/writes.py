@@ -269,6 +269,16 @@ def give_up_lead(record: LeaderRecord) -> Update:
     return Update(LEADER, guard, set=asdict(replace(record, holder="")))
 
 
+def first_position() -> Insert:
+    """What the guard of `save_position` needs to match, from the start."""
+    return Insert(POSITION, {"_id": "position", "term": 0})
+
+
+def first_stamp() -> Insert:
+    """What the guard of `touch_stamp` needs to match, from the start."""
+    return Insert(STAMPS, {"_id": "stamp", "term": 0, "n": 0})
+
+
 def save_position(term: int, position: Document) -> Update:
     """What was published and flushed, so that the next leader goes on from there. It counts its saves, so
     that one which repeats another of unknown outcome is still seen to match."""

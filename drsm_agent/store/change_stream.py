@@ -154,7 +154,7 @@ def read_event(event: Document, names: Names) -> Change:
     """A raw event as the core has it; PositionLost for one that ends what was followed."""
     kind = event["operationType"]
     if kind not in {"insert", "replace", "update", "delete"}:
-        raise PositionLost(_what_ended(event))
+        raise PositionLost(_what_ended(event), data_lost=True)
     change = {
         "space": names[event["ns"]["db"], event["ns"]["coll"]],
         "key": str(event["documentKey"]["_id"]),

@@ -8,24 +8,19 @@ from collections.abc import Iterable
 
 from drsm_agent.core.documents import Document
 from drsm_agent.core.settings import reconcile
-from drsm_agent.core.table import STAMPS
-from drsm_agent.core.writes import POSITION, SETTINGS, Insert, Update
+from drsm_agent.core.writes import SETTINGS, Insert, Update, first_position, first_stamp
 from drsm_agent.errors import Misconfigured, StoreUnavailable
 from drsm_agent.ports import Store
 
 ATTEMPTS = 5  # each one lost means that another agent stored something in between
 
-SINGLETONS = (
-    Insert(POSITION, {"_id": "position", "term": 0}),
-    Insert(STAMPS, {"_id": "stamp", "term": 0, "n": 0}),
-)
+SINGLETONS = (first_position(), first_stamp())
 
 
 async def ensure_stored(store: Store, configured: Iterable[Document]) -> None:
     """Make the database hold `configured` (`_id` is `settings` or `pool:<name>`) and the documents that
     are there from the start. Raises Misconfigured, showing both, where it holds something else."""
-    for singleton in SINGLETONS:
-        await store.write([singleton])
+    await ensure_singletons(store)
     wanted = list(configured)
     for _ in range(ATTEMPTS):
         writes = _differences(await store.read(SETTINGS), wanted)
@@ -35,6 +30,12 @@ async def ensure_stored(store: Store, configured: Iterable[Document]) -> None:
     raise StoreUnavailable(
         f"Other agents changed {SETTINGS} {ATTEMPTS} times meanwhile; start only one revision"
     )
+
+
+async def ensure_singletons(store: Store) -> None:
+    """The documents whose guards need something to match. Harmless where they are there."""
+    for singleton in SINGLETONS:
+        await store.write([singleton])
 
 
 def _differences(stored: Iterable[Document], configured: Iterable[Document]) -> list[Insert | Update]:

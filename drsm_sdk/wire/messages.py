@@ -329,6 +329,16 @@ class Empty:
     """The empty map: the request of `pools`, `snapshot`, `pods`; the answer of `session.close`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The leader's request to itself, and its answer."""
+
+    nonce: str
+
+    def __post_init__(self) -> None:
+        _check_text("nonce", self.nonce, 64)
+
+
 # --- Errors -------------------------------------------------------------------------------------
 
 ERROR_CODES = {
