@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from drsm_agent import cancellation
 from drsm_agent.core.events import Event, Version
 from drsm_agent.core.table import Hashes, Table
 from drsm_agent.errors import PositionLost, StoreUnavailable
@@ -89,6 +90,7 @@ class Feed:
                 self._after_loss = error.data_lost
             finally:
                 self._forget()
+            cancellation.heed()
 
     async def loaded(self) -> State:
         """The current state; waits for the first read."""

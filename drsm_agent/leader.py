@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import structlog
 
+from drsm_agent import cancellation
 from drsm_agent.core import writes
 from drsm_agent.core.documents import DEAD, Document
 from drsm_agent.core.election import Election
@@ -83,7 +84,7 @@ class Leader:
             await self._campaign()
             began = self._parts.clock()
             try:
-                await self._lead()
+                await cancellation.isolated(self._lead())
             except* LeadLost as lost:
                 log.warning("lead_lost", reason=str(leaf(lost)))
             finally:
@@ -186,11 +187,14 @@ class Leader:
         while True:
             state = await self._parts.feed.loaded()
             try:
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(_until_lost(state), name="watch-table")
-                    tasks.create_task(self._serve(lead, state, tasks), name="serve-table")
+                await cancellation.isolated(self._serve_table(lead, state))
             except* PositionLost:
                 self.leading.clear()
+
+    async def _serve_table(self, lead: Lead, state: State) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(_until_lost(state), name="watch-table")
+            tasks.create_task(self._serve(lead, state, tasks), name="serve-table")
 
     async def _serve(self, lead: Lead, state: State, tasks: asyncio.TaskGroup) -> None:
         parts = self._parts

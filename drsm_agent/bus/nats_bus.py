@@ -13,7 +13,7 @@ one connection, so when it is back the server has everything before it.
 import asyncio
 import contextlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import structlog
@@ -21,6 +21,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
+from drsm_agent import cancellation
 from drsm_agent.errors import BusUnavailable, Misconfigured, TooLarge
 from drsm_agent.ports import Handler, Incoming
 
@@ -61,9 +62,9 @@ class NatsBus:
         self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.forbidden = ""
         """The server's words when it refused an event for want of a permission, since the last flush."""
-        self._echo_inbox = ""
-        self._echoes: dict[bytes, asyncio.Future[None]] = {}
-        self._echo_count = 0
+        self._inbox = ""
+        self._answers: dict[str, asyncio.Future[bytes]] = {}
+        self._asked = 0
         self._closing = False
 
     @classmethod
@@ -108,8 +109,8 @@ class NatsBus:
             disconnected_cb=self._on_disconnected,
             **options,
         )
-        self._echo_inbox = self._client.new_inbox()
-        await self._client.subscribe(self._echo_inbox, cb=self._on_echo)
+        self._inbox = self._client.new_inbox()
+        await self._client.subscribe(f"{self._inbox}.*", cb=self._on_answer)
 
     @property
     def connected(self) -> bool:
@@ -134,6 +135,7 @@ class NatsBus:
         except NatsError as error:
             raise BusUnavailable(f"cannot subscribe to {subject}: {error}") from error
         try:
+            cancellation.heed()
             await self.flush()
         except BaseException:
             await subscription.stop()
@@ -152,22 +154,18 @@ class NatsBus:
             await self._client.publish(subject, data, reply=reply, headers=dict(headers) if headers else None)
         except NatsError as error:
             raise BusUnavailable(f"NATS did not take a message for {subject}: {error}") from error
+        cancellation.heed()
 
     async def flush(self) -> None:
         self._require_connection()
         before = self.reconnects
-        self._echo_count += 1
-        name = str(self._echo_count).encode()
-        echo: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._echoes[name] = echo
-        try:
-            async with asyncio.timeout(FLUSH_TIMEOUT):
-                await self._client.publish(self._echo_inbox, name)
-                await echo
-        except (NatsError, TimeoutError) as error:
-            raise BusUnavailable(f"NATS did not confirm: {error or type(error).__name__}") from error
-        finally:
-            del self._echoes[name]
+        with self._expecting() as (inbox, echo):
+            try:
+                async with asyncio.timeout(FLUSH_TIMEOUT):
+                    await self._client.publish(inbox, b"")
+                    await echo
+            except (NatsError, TimeoutError) as error:
+                raise BusUnavailable(f"NATS did not confirm: {error or type(error).__name__}") from error
         if forbidden := self.forbidden:
             self.forbidden = ""
             raise BusUnavailable(f"{forbidden}; give the agent's NATS user the permission")
@@ -175,11 +173,25 @@ class NatsBus:
             raise BusUnavailable("the NATS connection changed while messages were under way")
 
     async def request(self, subject: str, data: bytes, timeout: float) -> bytes:
-        self._require_connection()
+        with self._expecting() as (inbox, answer):
+            try:
+                async with asyncio.timeout(timeout):
+                    await self.publish(subject, data, reply=inbox)
+                    return await answer
+            except TimeoutError:
+                raise BusUnavailable(f"no answer on {subject} within {timeout:g} s") from None
+
+    @contextlib.contextmanager
+    def _expecting(self) -> Iterator[tuple[str, asyncio.Future[bytes]]]:
+        """A subject of our own and what will come on it. (nats-py's own requests wait in a way that can
+        swallow a cancellation on Python 3.11, and then a task does not end.)"""
+        self._asked += 1
+        inbox = f"{self._inbox}.{self._asked}"
+        self._answers[inbox] = asyncio.get_running_loop().create_future()
         try:
-            return bytes((await self._client.request(subject, data, timeout=timeout)).data)
-        except (NatsError, TimeoutError) as error:
-            raise BusUnavailable(f"no answer on {subject}: {error or type(error).__name__}") from error
+            yield inbox, self._answers[inbox]
+        finally:
+            del self._answers[inbox]
 
     async def close(self) -> None:
         self._closing = True
@@ -204,10 +216,10 @@ class NatsBus:
 
     # Callbacks are awaited in nats-py's read loop: they never wait and never raise.
 
-    async def _on_echo(self, message: Msg) -> None:
-        echo = self._echoes.get(message.data)
-        if echo and not echo.done():
-            echo.set_result(None)
+    async def _on_answer(self, message: Msg) -> None:
+        answer = self._answers.get(message.subject)
+        if answer and not answer.done():
+            answer.set_result(message.data)
 
     async def _on_error(self, error: Exception) -> None:
         self.errors += 1

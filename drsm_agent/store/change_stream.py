@@ -15,6 +15,7 @@ from bson import Timestamp
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo.errors import ConnectionFailure, OperationFailure, PyMongoError
 
+from drsm_agent import cancellation
 from drsm_agent.core.documents import Document
 from drsm_agent.core.table import Change
 from drsm_agent.errors import PositionLost
@@ -79,6 +80,7 @@ class ChangeStream:
                         start = start_at(None, batch.token)
                         yield batch
             except PyMongoError as error:
+                cancellation.heed()
                 _raise_unless_resumable(error)
                 await patience.wait(error)
 

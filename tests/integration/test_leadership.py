@@ -124,3 +124,17 @@ async def test_many_that_would_expire_at_once_are_spared_once(domain: Domain) ->
         began = asyncio.get_running_loop().time()
         await asking.seen(lambda: len(asking.of(m.PodDown)) == 4)
         assert asyncio.get_running_loop().time() - began > 1.5 * domain.settings().liveness_ttl
+
+
+async def test_an_agent_ends_when_its_table_is_lost_at_the_moment_of_its_end(domain: Domain) -> None:
+    """Two errors at once must not swallow the cancellation: it would hang for ever."""
+    for turns in range(4):
+        async with domain.agent() as agent:
+            state = agent.feed.current
+            assert state is not None
+            assert agent.task is not None
+            state.lost.set()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            agent.task.cancel()
+            await within(asyncio.wait([agent.task]), 5)

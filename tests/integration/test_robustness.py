@@ -1,0 +1,149 @@
+"""What others can do to the database, the server and the process, and what the agent makes of it."""
+
+import asyncio
+import itertools
+import signal
+
+import pytest
+from nats.errors import Error as NatsError
+
+from drsm_agent.embedded import Scratch, Stack, start_nats_server
+from drsm_agent.service import running
+from drsm_sdk.wire import codec
+from drsm_sdk.wire import messages as m
+from tests.harness import POOL, Domain, Failed, Requester, eventually, mongo_client, within
+from tests.integration.test_start import EXIT_OK, agent_process, refused
+
+NO_EVENTS = """
+authorization {
+  users = [
+    {user: agent, password: secret, permissions: {publish: {deny: "drsm.evt.>"}}}
+    {user: admin, password: secret}
+  ]
+}
+"""
+
+
+async def test_after_a_collection_was_dropped_nothing_is_granted_while_its_chunks_may_be_in_use(
+    domain: Domain,
+) -> None:
+    """Its chunks look free now, but pods still issue from them; a new history tells the consumers."""
+    async with domain.served() as asking, mongo_client(domain) as client:
+        pod = (await asking.open("amf-1")).incarnation
+        await asking.acquire("amf-1", pod, 1, "a")
+        histories = {head.history for head, _ in asking.events}
+        await client[domain.database][POOL].drop()
+        await asking.seen(lambda: {head.history for head, _ in asking.events} - histories)
+        failed = await within(_refusal(asking, pod))
+        assert (failed.error, failed.reason, failed.retry) == ("store_unavailable", "data_lost", True)
+        again = (await asking.open("amf-2")).incarnation
+        assert again > pod
+
+
+async def _refusal(asking: Requester, pod: int) -> m.Failure:
+    """The refusal of an acquire, once the agent answers again."""
+    while True:
+        try:
+            await asking.acquire("amf-1", pod, 1, "b")
+        except Failed as failed:
+            return failed.failure
+        except (NatsError, TimeoutError):
+            await asyncio.sleep(0.05)
+        else:
+            raise AssertionError("a chunk was granted")
+
+
+@pytest.mark.parametrize("collection", ["drsm_stamps", "drsm_position", None])
+async def test_an_agent_whose_own_documents_were_dropped_serves_again(
+    domain: Domain, collection: str | None
+) -> None:
+    """None: the whole database. No hot loop of leads, and incarnations never go back."""
+    async with domain.served() as asking, mongo_client(domain) as client:
+        before = (await asking.open("amf-1")).incarnation
+        if collection:
+            await client[domain.database].drop_collection(collection)
+        else:
+            await client.drop_database(domain.database)
+        after = await within(_opened(asking), 30)
+        pools = await asking.ask(asking.subjects.pools, m.Empty(), m.Pools)
+        assert after > before
+        assert pools.leader.term <= 4
+
+
+async def _opened(asking: Requester) -> int:
+    """The incarnation of a new session, once the agent answers again."""
+    for attempt in itertools.count():
+        try:
+            return (await asking.open("amf-2", request_id=f"again-{attempt}")).incarnation
+        except (Failed, NatsError, TimeoutError):
+            await asyncio.sleep(0.05)
+    raise AssertionError("unreachable")
+
+
+async def test_documents_that_make_no_sense_do_not_stop_the_agent(domain: Domain) -> None:
+    """Unreadable, out of range, of other types: they do not count, and the next request is served."""
+    chunk = {"type": "chunk", "podId": "x", "podIp": "", "podInstance": ""}
+    odd = {"pod": "x", "ip": "", "instance": "", "grant": "g", "marked": False, "hold_ms": 0}
+    async with domain.served() as asking, mongo_client(domain) as client:
+        await client[domain.database][POOL].insert_many(
+            [
+                chunk | {"_id": "chunkid-900", "drsm": odd | {"incarnation": 1e300}},
+                chunk | {"_id": "chunkid-901", "drsm": odd | {"incarnation": -5}},
+                chunk | {"_id": "chunkid-999999999", "drsm": odd | {"incarnation": 7}},
+                {"_id": "chunkid-903", "type": "chunk", "podId": 5},
+                {"_id": "chunkid-", "type": "chunk"},
+                {"_id": "something", "type": "keepalive"},
+                {"_id": 17},
+            ]
+        )
+        pod = (await asking.open("amf-1")).incarnation
+        acquired = await asking.acquire("amf-1", pod, 3)
+        assert [n for n, _ in acquired.chunks] == [0, 1, 2]
+
+
+async def test_an_agent_that_may_not_publish_events_answers_nothing_and_is_not_ready() -> None:
+    """NATS drops such events silently; a chunk granted then would be announced to nobody (G4)."""
+    async with Stack(nats_config=NO_EVENTS) as stack:
+        domain = Domain(stack.mongo_url, stack.nats_url, "drsm", "drsm")
+        configured = domain.settings(nats_user="agent", nats_password="secret")
+        async with running(configured) as agent:
+            await eventually(lambda: any("permissions" in reason.lower() for reason in agent.unready()))
+            assert not agent.leader.leading.is_set()
+
+
+async def test_a_server_whose_messages_are_too_small_is_refused_with_the_setting_to_raise(
+    domain: Domain,
+) -> None:
+    """Events and snapshot pages would not fit."""
+    async with Scratch() as scratch:
+        small = await start_nats_server(scratch, config="max_payload: 16384")
+        said = await refused(domain, DRSM_NATS_URL=small.url)
+    assert "max_payload" in said
+    assert "16384" in said
+
+
+async def test_answers_are_not_published_among_the_events(domain: Domain) -> None:
+    """A reply subject under `drsm.evt.` is a client's attempt to speak in the agent's name."""
+    async with domain.served() as asking:
+        spoofed = asking.subjects.event(POOL, "sync")
+        seen = len(asking.raw)
+        await asking.client.publish(asking.subjects.pools, b"\x80", reply=spoofed)
+        await asking.client.publish(asking.subjects.pools, b"\xc1", reply=spoofed)
+        await asking.ask(asking.subjects.pools, m.Empty(), m.Pools)
+        await asking.seen(lambda: len(asking.raw) > seen)
+        assert all("pools" not in codec.decode(message.data) for message in asking.raw)
+        assert all("error" not in codec.decode(message.data) for message in asking.raw)
+
+
+@pytest.mark.parametrize("what", ["DRSM_NATS_URL", "DRSM_MONGO_URL"])
+async def test_sigterm_ends_an_agent_that_is_still_starting(domain: Domain, what: str) -> None:
+    """It waits for a server that is not there; the signal is heeded at once, not after the wait."""
+    nowhere = {
+        "DRSM_NATS_URL": "nats://127.0.0.1:1",
+        "DRSM_MONGO_URL": "mongodb://127.0.0.1:1/?replicaSet=rs0",
+    }
+    async with agent_process(domain, **{what: nowhere[what]}) as process:
+        await asyncio.sleep(1.5)  # nothing tells that a process has begun to wait
+        process.send_signal(signal.SIGTERM)
+        await within(process.wait(), 3)
+        assert process.returncode == EXIT_OK
