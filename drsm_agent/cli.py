@@ -8,7 +8,9 @@ import contextlib
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from enum import Enum
 from functools import partial
+from importlib.metadata import version
 from typing import Annotated
 
 import structlog
@@ -23,31 +25,58 @@ from drsm_agent.service import running
 
 FAULT, REFUSED = 1, 2
 
+
+class Members(Enum):
+    """Two members are no choice: without either of them there is no majority."""
+
+    ONE = "1"
+    THREE = "3"
+
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 log = structlog.get_logger("drsm_agent")
 
 
 @app.command()
 def run() -> None:
-    """Run the agent. Settings come from the environment (`DRSM_...`) or a TOML file (`DRSM_CONFIG`)."""
+    """Run the agent. Settings come from the environment, or a TOML file that DRSM_CONFIG names.
+
+    At least DRSM_NATS_URL, DRSM_MONGO_URL and DRSM_POOLS='[{"name": "amfid", "bits": 24}]';
+    docs/settings.md has them all.
+    """
     _finish(_run)
 
 
 @app.command()
 def dev(
     pool: Annotated[list[str] | None, typer.Option(help="Pool of 24-bit ids, repeatable.")] = None,
-    members: Annotated[int, typer.Option(help="Members of the MongoDB replica set: 1 or 3.")] = 1,
+    members: Annotated[Members, typer.Option(help="Members of the MongoDB replica set.")] = Members.ONE,
     mongo_port: Annotated[int, typer.Option(help="Port of the first MongoDB member; 0: a free one.")] = 0,
     nats_port: Annotated[int, typer.Option(help="Port of NATS; 0: a free one.")] = 0,
 ) -> None:
     """Run a real MongoDB replica set, a real nats-server and an agent, until Ctrl-C. Nothing stays."""
-    _finish(partial(_dev, pool or ["amfid"], members, mongo_port or None, nats_port or None))
+    _finish(partial(_dev, pool or ["amfid"], int(members.value), mongo_port or None, nats_port or None))
 
 
 @app.command()
 def demo() -> None:
     """Show the story in this terminal: allocate, kill, claim, scan, restart. 0 if all was seen."""
     _finish(_demo)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"drsm-agent {version('drsm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """An agent that shares out number spaces over NATS and MongoDB."""
 
 
 def main() -> None:

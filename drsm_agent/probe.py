@@ -28,7 +28,7 @@ class Probe:
         self._bus, self._subject, self._lead = bus, subjects.probe, lead
         self._liveness, self._clock, self._chance = liveness, clock, chance
         self._sent_of_last_answer = float("-inf")
-        self._recovered = False
+        self._recovered = self._failing = False
         self.answered = asyncio.Event()
 
     @property
@@ -50,10 +50,14 @@ class Probe:
                 await self._ask()
                 if self.answered.is_set() and not self.healthy(sent):
                     self._recovered = True
-                self._sent_of_last_answer = sent
+                if self._failing:
+                    log.info("probe_answered_again")
+                self._sent_of_last_answer, self._failing = sent, False
                 self.answered.set()
             except (BusUnavailable, codec.DecodeError) as error:
-                log.warning("probe_unanswered", error=str(error))
+                if not self._failing:  # once; a metric and the readiness say how long
+                    log.warning("probe_unanswered", error=str(error))
+                self._failing = True
             await asyncio.sleep(self.period)
 
     async def _ask(self) -> None:

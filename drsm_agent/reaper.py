@@ -7,6 +7,7 @@ the start and by a slow audit, not only at the moment of death.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
@@ -70,6 +71,7 @@ class Reaper:
         self._news = asyncio.Event()
         self._dead_since: dict[Key, float] = {}
         self._spared_at = float("-inf")
+        self._blind = False
         self._go_heard: dict[tuple[str, str], float] = {}
 
     def note(self, entry: Entry) -> None:
@@ -125,9 +127,11 @@ class Reaper:
         many would go at once, everyone gets one more full `L`, once (rule R7)."""
         due = self._liveness.due(now)
         if not self._probe.healthy(now):
-            if due:
+            if due and not self._blind:
                 log.warning("not_judging", due=len(due), reason="no request to myself came back lately")
+            self._blind = bool(due)
             return []
+        self._blind = False
         pods = len(self._liveness)
         lease = self._leases.effective_liveness(pods)
         soon = len(self._liveness.due(now + renew_period(pods))) if due else 0
@@ -165,7 +169,8 @@ class Reaper:
             for batch in _batches(placed):
                 outcome = await self._relay.commit([self._claim(pool, claim) for claim in batch])
                 self._metrics.claims.inc(outcome.changed)
-                log.info("claimed", pool=pool.name, chunks=outcome.changed)
+                by = dict(Counter(claim.owner.name for claim in batch))
+                log.info("claimed", pool=pool.name, chunks=outcome.changed, by=by)
 
     def _claimable(self, pool: PoolTable) -> list[Chunk]:
         return [orphan for orphan in pool.orphans() if self._may_claim(pool, orphan.owner)]

@@ -6,6 +6,7 @@ consumers drop what they hold already.
 """
 
 import asyncio
+import contextlib
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
@@ -32,6 +33,8 @@ from drsm_sdk.wire.subjects import Subjects
 SYNC_INTERVAL = 2.0
 POSITION_INTERVAL = 1.0
 """How much is published twice at most after a crash, in seconds of events."""
+IDLE_INTERVAL = 10.0
+"""How long after its start a standby may have to wait until it could go on in the same history."""
 FLUSH_RETRY = 0.2
 SHOWN_TIMEOUT = 4.0
 """A change that was written comes back in the stream within milliseconds; after this long something is
@@ -155,6 +158,7 @@ class Relay:
         loop = asyncio.get_running_loop()
         sync_at = loop.time()
         save_at = loop.time() + POSITION_INTERVAL
+        reached, idle_at = 0, loop.time() + IDLE_INTERVAL
         while True:
             await self.publish_log()
             if loop.time() >= sync_at:
@@ -163,6 +167,11 @@ class Relay:
             if loop.time() >= save_at:
                 await self._save_position()
                 save_at = loop.time() + POSITION_INTERVAL
+            if (at := self._position.at if self._position else 0) != reached:
+                reached, idle_at = at, loop.time() + IDLE_INTERVAL
+            elif loop.time() >= idle_at:
+                await self._move()
+                idle_at = loop.time() + IDLE_INTERVAL
             try:
                 async with asyncio.timeout_at(min(sync_at, save_at)):
                     await self._feed.news()
@@ -221,16 +230,21 @@ class Relay:
 
     async def _delivered(self, send: Callable[[], Awaitable[None]]) -> None:
         """Send and flush; again from the start until the server has confirmed all of it."""
+        failures = 0
         while True:
             self._lead.check()
             try:
                 await send()
                 await self._bus.flush()
             except BusUnavailable as error:
-                log.warning("not_confirmed", error=str(error), action="publishing again")
+                failures += 1
+                if failures == 1:  # once; the counter says how often
+                    log.warning("not_confirmed", error=str(error), action="publishing again")
                 self._metrics.republished.inc()
                 await asyncio.sleep(FLUSH_RETRY)
             else:
+                if failures:
+                    log.info("confirmed_again", failures=failures)
                 return
 
     def _settle(self, entries: Sequence[Entry]) -> None:
@@ -260,6 +274,12 @@ class Relay:
             log.warning("position_not_saved", error=str(error))
             return
         self._saved = self._position if outcome.changed else None
+
+    async def _move(self) -> None:
+        """Nothing happens, so make something happen: the position then passes the time at which a standby
+        has begun, and a change of leader need not begin a new history."""
+        with contextlib.suppress(StoreUnavailable):
+            await self.write_unseen([writes.touch_stamp(self._lead.term, self._lead.agent)])
 
     async def _explain_unsaved(self) -> None:
         """Raise LeadLost if a higher term has saved its position; a document that is missing is made anew."""

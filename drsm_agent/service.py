@@ -112,11 +112,13 @@ async def running(settings: Settings) -> AsyncIterator[Agent]:
         url = settings.mongo_url.get_secret_value()
         store = await stack.enter_async_context(MongoStore(url, settings.mongo_database, settings.databases))
         await store.check()
-        await ensure_stored(store, stored_settings(settings))
         bus = await NatsBus.connect(
             settings.nats_url, name="drsm-agent", timeout=CONNECT_TIMEOUT, **nats_options(settings)
         )
         stack.push_async_callback(bus.close)
+        await ensure_stored(
+            store, stored_settings(settings)
+        )  # last: nothing is stored by one that cannot run
         agent = Agent(settings, store, bus)
         if settings.http_port:
             agent.http_port = await stack.enter_async_context(
@@ -152,6 +154,9 @@ def stored_settings(settings: Settings) -> list[Document]:
 
 def nats_options(settings: Settings) -> dict[str, Any]:
     """Credentials and TLS for the NATS client."""
+    credentials = settings.nats_credentials
+    if credentials and not credentials.is_file():
+        raise Misconfigured(f"DRSM_NATS_CREDENTIALS: expected a .creds file, found none at {credentials}")
     options: dict[str, Any] = {
         "user_credentials": str(settings.nats_credentials) if settings.nats_credentials else None,
         "user": settings.nats_user or None,

@@ -118,7 +118,10 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _holds_together(self) -> "Settings":
         leases = self.leases
-        Subjects(self.subject_prefix)
+        try:
+            Subjects(self.subject_prefix)
+        except ValueError as error:
+            raise ValueError(f"DRSM_SUBJECT_PREFIX: {error}") from None
         names = [pool.name for pool in self.pools]
         if doubles := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"pools: each name once, found twice: {', '.join(doubles)}")
@@ -173,6 +176,8 @@ def _mistake(entry: Any) -> str:
     where = name + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
     if entry["type"] == "too_short" and name == "DRSM_POOLS":
         return f"DRSM_POOLS: expected at least one pool, for example {POOLS_EXAMPLE}"
+    if entry["type"] == "extra_forbidden":
+        return f"{where}: no such field; the fields are {', '.join(PoolSettings.model_fields)}"
     if entry["type"] == "value_error":
         return f"{where}: {message}"
     return f"{where}: {message}, found {json.dumps(entry.get('input'), default=str)[:80]}"

@@ -104,6 +104,8 @@ class Drsm:
         return self._session.life.incarnation if self._session.life is not None else None
 
     async def __aenter__(self) -> Self:
+        if self._tasks.stopped:
+            raise BadRequest("this Drsm was left before: connect a new one")
         try:
             begun = self._clock()
             await self._transport.connect(self._timeout)
@@ -148,7 +150,7 @@ class Drsm:
             raise BadRequest(
                 f"pool name: expected [a-z0-9][a-z0-9_-]{{0,31}} not beginning with drsm_, found {name!r}"
             )
-        if self._tasks.failure is not None or self._session.closing:
+        if self._tasks.stopped or self._session.closing:
             raise self._session.refusal()
         timeout = self._timeout if timeout is None else timeout
         pool, ready = self._joining(name, in_use)

@@ -31,8 +31,9 @@ class Pod:
             raise BadRequest(str(error)) from None
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
         """The pod of HOSTNAME, POD_IP and POD_INSTANCE. Raises BadRequest that names what is not set."""
+        environ = os.environ if environ is None else environ
         missing = [name for name in ("HOSTNAME", "POD_IP", "POD_INSTANCE") if not environ.get(name)]
         if missing:
             raise BadRequest(

@@ -87,7 +87,7 @@ async def within(awaitable: Any, seconds: float = SEEN_SECONDS) -> Any:
 async def eventually(condition: Callable[[], object]) -> None:
     """Wait for what no event tells: looks again each time the loop has had a turn."""
     async with asyncio.timeout(SEEN_SECONDS):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await asyncio.sleep(0.005)
 
 

@@ -62,6 +62,7 @@ class NatsBus:
         self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.forbidden = ""
         """The server's words when it refused an event for want of a permission, since the last flush."""
+        self._said = ""
         self._inbox = ""
         self._answers: dict[str, asyncio.Future[bytes]] = {}
         self._asked = 0
@@ -224,7 +225,9 @@ class NatsBus:
     async def _on_error(self, error: Exception) -> None:
         self.errors += 1
         said = str(error) or type(error).__name__
-        log.warning("nats_error", error=said)
+        if said != self._said:  # nats-py repeats it with every try
+            log.warning("nats_error", error=said)
+        self._said = said
         # The server says so before it sends the echo of a flush. (Of replies it is the asker's fault.)
         if "permissions violation for publish" in said.lower() and ".evt." in said:
             self.forbidden = said
@@ -235,6 +238,7 @@ class NatsBus:
 
     async def _on_reconnected(self) -> None:
         self.reconnects += 1
+        self._said = ""
         log.info("nats_reconnected", reconnects=self.reconnects)
 
     async def _on_closed(self) -> None:

@@ -62,4 +62,4 @@ def check_usage_lag(pool: str, usage_lag: float, allocation: float) -> None:
 
 def _require(holds: bool, relation: str, setting: str, value: float) -> None:
     if not holds:
-        raise ValueError(f"{setting}: expected {relation}, found {value} s; change one of the two")
+        raise ValueError(f"{setting}: expected {relation}, found {value} s; raise or lower it accordingly")

@@ -4,6 +4,9 @@ import asyncio
 from datetime import UTC, datetime
 from typing import Any
 
+import pytest
+
+from drsm_agent import relay
 from drsm_agent.embedded import Stack
 from drsm_agent.service import running
 from drsm_sdk import Demux, Drsm, Pod
@@ -31,6 +34,28 @@ async def test_a_second_agent_stands_by_and_takes_over_without_a_lost_session(do
             assert len(set(ids)) == 3000
             assert drsm.incarnation == incarnation
             await eventually(lambda: demux.synced and all(demux.owner(id_) for id_ in ids))
+
+
+async def test_a_change_of_leader_in_a_quiet_domain_keeps_the_history(
+    domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A standby that began after the last event goes on where the leader ended: no reset, no snapshots."""
+    monkeypatch.setattr(relay, "IDLE_INTERVAL", 0.2)
+    monkeypatch.setattr(relay, "POSITION_INTERVAL", 0.1)
+    async with requester(domain.nats_url, domain.prefix) as asking, running(domain.settings()) as first:
+        await within(first.leader.leading.wait())
+        async with running(domain.settings()) as second, mongo_client(domain) as client:
+            began = (await within(second.feed.loaded())).table.started
+            positions = client[domain.database]["drsm_position"]
+            async with asyncio.timeout(20):
+                while int((await positions.find_one() or {}).get("at", 0)) < began:
+                    await asyncio.sleep(0.05)
+            assert first.task is not None
+            first.task.cancel()
+            await within(second.leader.leading.wait())
+            await asking.seen(lambda: len({head.term for head, _ in asking.events}) == 2)
+            assert len({head.history for head, _ in asking.events}) == 1
+            assert len(asking.of(m.Reset)) == 1
 
 
 async def test_a_leader_that_lost_its_record_stops_answering(domain: Domain) -> None:

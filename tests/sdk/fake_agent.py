@@ -287,5 +287,5 @@ async def fake_agent(
 async def eventually(holds: Callable[[], Any], seconds: float = 10.0) -> None:
     """Wait until `holds` says so."""
     async with asyncio.timeout(seconds):
-        while not holds():  # noqa: ASYNC110 -- what is waited for is in another object
+        while not holds():
             await asyncio.sleep(0.01)
