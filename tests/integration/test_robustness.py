@@ -5,10 +5,13 @@ import itertools
 import signal
 
 import pytest
+from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
 from drsm_agent.embedded import Scratch, Stack, start_nats_server
-from drsm_agent.service import running
+from drsm_agent.errors import leaf
+from drsm_agent.mirrors import Mirrors
+from drsm_agent.service import BusBroken, running
 from drsm_sdk.wire import codec
 from drsm_sdk.wire import messages as m
 from tests.harness import POOL, Domain, Failed, Requester, eventually, mongo_client, within
@@ -147,3 +150,38 @@ async def test_sigterm_ends_an_agent_that_is_still_starting(domain: Domain, what
         process.send_signal(signal.SIGTERM)
         await within(process.wait(), 3)
         assert process.returncode == EXIT_OK
+
+
+async def test_a_task_that_dies_ends_the_agent_with_its_reason(
+    domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G7: nothing dies silently; Kubernetes starts a new one."""
+
+    async def die(_: Mirrors) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(Mirrors, "run", die)
+    with pytest.raises(ExceptionGroup) as ended:
+        async with running(domain.settings()) as agent:
+            await within(agent.ended())
+    assert str(leaf(ended.value)) == "a fault of ours"
+
+
+async def test_the_end_of_the_nats_connection_for_good_ends_the_agent(
+    domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nats-py closes for ever on some errors of the server, whatever it is told about reconnecting."""
+    clients: list[Client] = []
+    connect = Client.connect
+
+    async def noted(client: Client, *args: object, **kwargs: object) -> None:
+        clients.append(client)
+        await connect(client, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Client, "connect", noted)
+    with pytest.raises(ExceptionGroup) as ended:  # noqa: PT012
+        async with running(domain.settings()) as agent:
+            await within(agent.leader.leading.wait())
+            await clients[0].close()
+            await within(agent.ended())
+    assert isinstance(leaf(ended.value), BusBroken)
