@@ -60,8 +60,9 @@ class NatsBus:
         self.reconnects = 0
         self.errors = 0
         self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._refused = ""
         self.forbidden = ""
-        """The server's words when it refused an event for want of a permission, since the last flush."""
+        """The server's words when it refused an event for want of a permission, until a flush succeeds."""
         self._said = ""
         self._inbox = ""
         self._answers: dict[str, asyncio.Future[bytes]] = {}
@@ -167,9 +168,10 @@ class NatsBus:
                     await echo
             except (NatsError, TimeoutError) as error:
                 raise BusUnavailable(f"NATS did not confirm: {error or type(error).__name__}") from error
-        if forbidden := self.forbidden:
-            self.forbidden = ""
-            raise BusUnavailable(f"{forbidden}; give the agent's NATS user the permission")
+        if refused := self._refused:
+            self._refused = ""
+            raise BusUnavailable(f"{refused}; give the agent's NATS user the permission")
+        self.forbidden = ""
         if not self.connected or self.reconnects != before:
             raise BusUnavailable("the NATS connection changed while messages were under way")
 
@@ -230,7 +232,7 @@ class NatsBus:
         self._said = said
         # The server says so before it sends the echo of a flush. (Of replies it is the asker's fault.)
         if "permissions violation for publish" in said.lower() and ".evt." in said:
-            self.forbidden = said
+            self._refused = self.forbidden = said
 
     async def _on_disconnected(self) -> None:
         if not self._closing:
