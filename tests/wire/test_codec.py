@@ -69,6 +69,7 @@ _RULES: dict[tuple[type[Any], str], st.SearchStrategy[Any]] = {
     (m.PodRef, "instance"): _PRINTABLE,
     (m.Open, "pools"): st.lists(_POOLS, max_size=4).map(tuple),
     (m.Open, "request_id"): _PRINTABLE.filter(bool),
+    (m.Probe, "nonce"): _PRINTABLE,
     (m.Join, "pools"): st.lists(_POOLS, max_size=4).map(tuple),
     (m.Acquire, "count"): st.integers(1, 256),
     (m.Acquire, "request_id"): _PRINTABLE.filter(bool),
