@@ -196,7 +196,7 @@ def test_the_parts_of_an_answer_have_no_field_in_common() -> None:
 
 
 def test_events_and_verbs_name_each_other() -> None:
-    """Every event of the design has one verb, and every verb one event."""
+    """Every event of the protocol has one verb, and every verb one event."""
     assert {verb: type(body) for verb, body in EVENTS.items()} == m.EVENT_KINDS
     assert {kind: verb for verb, kind in m.EVENT_KINDS.items()} == m.EVENT_VERBS
     assert set(typing.get_args(m.EventBody)) == set(m.EVENT_VERBS)
