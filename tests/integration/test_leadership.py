@@ -5,13 +5,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from nats.errors import NoRespondersError
+from nats.errors import TimeoutError as NatsTimeout
 
 from drsm_agent import relay
 from drsm_agent.embedded import Stack
 from drsm_agent.service import running
 from drsm_sdk import Demux, Drsm, Pod
 from drsm_sdk.wire import messages as m
-from tests.harness import POOL, Domain, eventually, mongo_client, renewing, requester, within
+from tests.harness import POOL, Domain, Requester, eventually, mongo_client, renewing, requester, within
 
 
 async def test_a_second_agent_stands_by_and_takes_over_without_a_lost_session(domain: Domain) -> None:
@@ -69,6 +71,27 @@ async def test_a_leader_that_lost_its_record_stops_answering(domain: Domain) -> 
         await within(agent.leader.leading.wait())  # unchanged for `T`: taken over again
         await asking.seen(lambda: {head.term for head, _ in asking.events} - terms)
         assert max(head.term for head, _ in asking.events) == max(terms) + 2
+
+
+async def test_a_leader_that_cannot_renew_stops_answering_when_its_own_deadline_passes() -> None:
+    """R2: MongoDB stands still, so nobody can tell it that it was replaced; its own clock must do."""
+    async with Stack() as stack:
+        domain = Domain(stack.mongo_url, stack.nats_url, "drsm", "drsm")
+        async with requester(domain.nats_url, "drsm") as asking, domain.agent(leader_ttl=1.0) as agent:
+            member = stack.mongo.members[0]
+            member.pause()
+            try:
+                async with asyncio.timeout(5):
+                    with pytest.raises((NoRespondersError, NatsTimeout)):
+                        await _ask_for_ever(asking)
+                assert not agent.leader.leading.is_set()
+            finally:
+                member.resume()
+
+
+async def _ask_for_ever(asking: Requester) -> None:
+    while True:
+        await asking.ask(asking.subjects.pools, m.Empty(), m.Pools, timeout=1.0)
 
 
 async def test_garbage_on_the_probes_subject_does_not_end_the_agent(domain: Domain) -> None:

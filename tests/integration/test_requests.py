@@ -32,6 +32,7 @@ async def test_the_same_request_id_gets_the_same_incarnation_and_the_same_chunks
         acquired.append(await asking.acquire("amf-1", incarnation, 3))
         assert len({frozenset(answer.chunks) for answer in acquired}) == 1
         assert len(acquired[0].chunks) == 3
+        assert (await asking.renew("amf-1", incarnation)).held[POOL][0] == 3
 
 
 async def test_chunks_are_granted_in_ascending_order_and_released_ones_last(domain: Domain) -> None:
