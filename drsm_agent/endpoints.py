@@ -166,7 +166,3 @@ class Endpoints:
             await self._bus.publish(incoming.reply, codec.encode(body, as_json=as_json), headers)
         except (LeadLost, BusUnavailable, TooLarge) as unanswered:
             log.debug("not_refused", verb=route.verb, error=str(unanswered))
-
-
-def _overloaded() -> Refused:
-    return Refused("store_unavailable", "too many requests at once", reason="overloaded", retry=True)

@@ -32,6 +32,7 @@ from drsm_agent.mirrors import Mirrors
 from drsm_agent.ports import Bus, Chance, Clock, Store, WallClock
 from drsm_agent.probe import Probe
 from drsm_agent.reaper import Reaper
+from drsm_agent.reign import Reign
 from drsm_agent.relay import Relay, position_document
 from drsm_agent.requests import Requests
 from drsm_agent.store.stored import ensure_singletons
@@ -231,7 +232,7 @@ class Leader:
     async def _answer_and_judge(
         self, lead: Lead, state: State, relay: Relay, endpoints: Endpoints, tasks: asyncio.TaskGroup
     ) -> None:
-        parts, table = self._parts, state.table
+        parts = self._parts
         probe = Probe(
             bus=parts.bus,
             subjects=parts.subjects,
@@ -242,42 +243,20 @@ class Leader:
         )
         tasks.create_task(probe.run(), name="probe")
         await probe.answered.wait()
-        liveness = self._full_leases(table)
-        grants_from = self._grants_from(state)
-        requests = Requests(
-            tasks=tasks,
-            table=table,
-            relay=relay,
+        reign = Reign(
             lead=lead,
-            leases=parts.leases,
-            liveness=liveness,
-            definitions=parts.definitions,
-            clock=parts.clock,
-            chance=parts.chance,
-            metrics=parts.metrics,
-            grants_from=grants_from,
-        )
-        reaper = Reaper(
-            table=table,
+            table=state.table,
             relay=relay,
-            lead=lead,
-            leases=parts.leases,
-            liveness=liveness,
-            definitions=parts.definitions,
-            probe=probe,
-            clock=parts.clock,
-            chance=parts.chance,
-            metrics=parts.metrics,
-            grants_from=grants_from,
-        )
-        mirrors = Mirrors(
-            table=table,
-            relay=relay,
+            liveness=self._full_leases(state.table),
+            grants_from=self._grants_from(state),
             leases=parts.leases,
             definitions=parts.definitions,
             clock=parts.clock,
             wall_clock=parts.wall_clock,
+            chance=parts.chance,
+            metrics=parts.metrics,
         )
+        requests, reaper, mirrors = Requests(reign, tasks), Reaper(reign, probe), Mirrors(reign)
 
         def note(entry: Entry) -> None:
             requests.note(entry)

@@ -6,19 +6,16 @@ no chunk names the incarnation and nobody may still issue from one (rule R5).
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import structlog
 
 from drsm_agent.core import writes
 from drsm_agent.core.documents import DEAD, GO_INCARNATION, Keepalive, Owner
-from drsm_agent.core.lease import Leases
-from drsm_agent.core.table import PoolTable, Table
+from drsm_agent.core.table import PoolTable
 from drsm_agent.errors import StoreUnavailable
-from drsm_agent.ports import Clock, WallClock
-from drsm_agent.relay import Relay
-from drsm_sdk.wire.definition import Definition
+from drsm_agent.reign import Reign
 
 LEASES_AHEAD = 3
 """`expireAt` is set three `A` ahead every half `A`, so it is never less than two ahead."""
@@ -31,18 +28,9 @@ log = structlog.get_logger("drsm_agent.mirrors")
 class Mirrors:
     """Keeps the mirrors of one lead's sessions, with one bulk write per pool and round."""
 
-    def __init__(
-        self,
-        *,
-        table: Table,
-        relay: Relay,
-        leases: Leases,
-        definitions: Mapping[str, Definition],
-        clock: Clock,
-        wall_clock: WallClock,
-    ) -> None:
-        self._table, self._relay, self._leases = table, relay, leases
-        self._definitions, self._clock, self._wall_clock = definitions, clock, wall_clock
+    def __init__(self, reign: Reign) -> None:
+        self._table, self._relay, self._leases = reign.table, reign.relay, reign.leases
+        self._definitions, self._clock, self._wall_clock = reign.definitions, reign.clock, reign.wall_clock
         self._over_since: dict[tuple[str, str, int], float] = {}
         self._prolonged_at = float("-inf")
 

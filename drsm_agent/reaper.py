@@ -8,25 +8,21 @@ the start and by a slow audit, not only at the moment of death.
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TypeVar
 
 import structlog
 
 from drsm_agent.core import writes
 from drsm_agent.core.documents import DEAD, GO_INCARNATION, LIVE, Chunk, Owner, Session
-from drsm_agent.core.lease import Leases, renew_period
+from drsm_agent.core.lease import renew_period
 from drsm_agent.core.placement import Placed, hold_ms, plan
-from drsm_agent.core.session import Key, LivenessLeases
-from drsm_agent.core.table import PoolTable, Table
+from drsm_agent.core.session import Key
+from drsm_agent.core.table import PoolTable
 from drsm_agent.errors import StoreUnavailable
 from drsm_agent.feed import Entry
-from drsm_agent.lead import Lead
-from drsm_agent.metrics import Metrics
-from drsm_agent.ports import Chance, Clock
 from drsm_agent.probe import Probe
-from drsm_agent.relay import Relay
-from drsm_sdk.wire.definition import Definition
+from drsm_agent.reign import Reign
 
 WRITES_MAX = 1000
 """Claims of one bulk write; a death of more chunks takes several."""
@@ -46,28 +42,13 @@ T = TypeVar("T")
 
 
 class Reaper:
-    """Ends sessions, claims orphans and keeps the mirrors, for one lead."""
+    """Ends sessions, claims orphans and purges what is left, for one reign."""
 
-    def __init__(
-        self,
-        *,
-        table: Table,
-        relay: Relay,
-        lead: Lead,
-        leases: Leases,
-        liveness: LivenessLeases,
-        definitions: Mapping[str, Definition],
-        probe: Probe,
-        clock: Clock,
-        chance: Chance,
-        metrics: Metrics,
-        grants_from: float = float("-inf"),
-    ) -> None:
-        self._table, self._relay, self._lead = table, relay, lead
-        self._leases, self._liveness, self._definitions = leases, liveness, definitions
-        self._probe, self._clock = probe, clock
-        self._chance, self._metrics = chance, metrics
-        self._grants_from = grants_from
+    def __init__(self, reign: Reign, probe: Probe) -> None:
+        self._table, self._relay, self._lead = reign.table, reign.relay, reign.lead
+        self._leases, self._liveness, self._definitions = reign.leases, reign.liveness, reign.definitions
+        self._clock, self._chance, self._metrics = reign.clock, reign.chance, reign.metrics
+        self._grants_from, self._probe = reign.grants_from, probe
         self._news = asyncio.Event()
         self._dead_since: dict[Key, float] = {}
         self._spared_at = float("-inf")

@@ -6,7 +6,7 @@ is published, and only then answered (G4). Requests of one moment share one bulk
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,17 +16,15 @@ import structlog
 from drsm_agent.core import writes
 from drsm_agent.core.documents import DEAD, LIVE, OPENED, Chunk, Owner, Session, chunk_key
 from drsm_agent.core.events import DOWN, RELEASED
-from drsm_agent.core.lease import Leases, holder_duration, renew_period
+from drsm_agent.core.lease import holder_duration, renew_period
 from drsm_agent.core.numbers import FreeNumbers
-from drsm_agent.core.session import Key, LivenessLeases
-from drsm_agent.core.table import PoolTable, Table
+from drsm_agent.core.session import Key
+from drsm_agent.core.table import PoolTable
 from drsm_agent.errors import Refused, StoreUnavailable
 from drsm_agent.feed import Entry
 from drsm_agent.flight import Flight
-from drsm_agent.lead import Lead
-from drsm_agent.metrics import Metrics
-from drsm_agent.ports import Chance, Clock
-from drsm_agent.relay import Relay, owner_ref
+from drsm_agent.reign import Reign
+from drsm_agent.relay import owner_ref
 from drsm_agent.snapshots import owner_state, snapshot_owner, snapshot_pages
 from drsm_sdk.wire import messages as m
 from drsm_sdk.wire.definition import Definition
@@ -51,34 +49,22 @@ class _Wanted:
 class Requests:
     """The requests of one lead."""
 
-    def __init__(
-        self,
-        *,
-        tasks: asyncio.TaskGroup,
-        table: Table,
-        relay: Relay,
-        lead: Lead,
-        leases: Leases,
-        liveness: LivenessLeases,
-        definitions: Mapping[str, Definition],
-        clock: Clock,
-        chance: Chance,
-        metrics: Metrics,
-        grants_from: float = float("-inf"),
-    ) -> None:
-        self._table, self._relay, self._lead, self._metrics = table, relay, lead, metrics
-        self._leases, self._liveness, self._definitions = leases, liveness, definitions
-        self._clock, self._chance = clock, chance
-        self._grants_from = grants_from
+    def __init__(self, reign: Reign, tasks: asyncio.TaskGroup) -> None:
+        self._table, self._relay, self._lead = reign.table, reign.relay, reign.lead
+        self._leases, self._liveness, self._definitions = reign.leases, reign.liveness, reign.definitions
+        self._clock, self._chance, self._metrics = reign.clock, reign.chance, reign.metrics
+        self._grants_from = reign.grants_from
         self._use: dict[Key, dict[str, m.Use]] = {}
-        self._free = {name: _free_numbers(definitions[name], pool) for name, pool in table.pools.items()}
+        self._free = {
+            name: _free_numbers(reign.definitions[name], pool) for name, pool in reign.table.pools.items()
+        }
         self._opens: Flight[m.Open, Session] = Flight(tasks, self._open_all)
         self._activations: Flight[Key, None] = Flight(tasks, self._activate_all)
         self._joins: Flight[m.Join, None] = Flight(tasks, self._join_all)
         self._closes: Flight[Key, None] = Flight(tasks, self._close_all)
-        self._acquires = {name: Flight(tasks, partial(self._acquire_all, name)) for name in table.pools}
-        self._releases = {name: Flight(tasks, partial(self._release_all, name)) for name in table.pools}
-        self._scans = {name: Flight(tasks, partial(self._scanned_all, name)) for name in table.pools}
+        self._acquires = {name: Flight(tasks, partial(self._acquire_all, name)) for name in reign.table.pools}
+        self._releases = {name: Flight(tasks, partial(self._release_all, name)) for name in reign.table.pools}
+        self._scans = {name: Flight(tasks, partial(self._scanned_all, name)) for name in reign.table.pools}
 
     def note(self, entry: Entry) -> None:
         """Chunk numbers that became free are granted again, last; who is down uses nothing any more."""

@@ -9,7 +9,7 @@ import os
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
@@ -68,7 +68,6 @@ class Settings(BaseSettings):
     """All settings of an agent. Durations are seconds unless their name ends in `_ms`."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
-    toml_file: ClassVar[str | None] = None
 
     nats_url: str = "nats://127.0.0.1:4222"
     """One or more NATS servers, separated by commas."""

@@ -29,8 +29,8 @@ def say(what: str, **fields: Any) -> None:
 class DemoPod:
     """Allocates and releases as it is told, and keeps its contexts where the others can see them."""
 
-    def __init__(self, name: str, drsm: Drsm, pool: Pool, contexts: Contexts) -> None:
-        self._name, self._drsm, self._pool, self._contexts = name, drsm, pool, contexts
+    def __init__(self, name: str, pool: Pool, contexts: Contexts) -> None:
+        self._name, self._pool, self._contexts = name, pool, contexts
 
     async def obey(self, line: str) -> bool:
         """Carry out one command. False when it was the last."""
@@ -77,7 +77,7 @@ async def run(arguments: argparse.Namespace) -> None:
     async with Drsm.connect(arguments.nats, pod, prefix=arguments.prefix) as drsm:
         pool = await drsm.join(arguments.pool, in_use=contexts.in_use)
         say("joined", incarnation=drsm.incarnation)
-        demo = DemoPod(arguments.name, drsm, pool, contexts)
+        demo = DemoPod(arguments.name, pool, contexts)
         telling = asyncio.create_task(demo.tell_changes())
         while (line := await asyncio.to_thread(sys.stdin.readline)) and await demo.obey(line):
             pass

@@ -7,6 +7,7 @@ import pytest
 from nats.errors import NoRespondersError
 from nats.errors import TimeoutError as NatsTimeout
 
+from drsm_agent import endpoints
 from drsm_sdk.wire import checksum, codec
 from drsm_sdk.wire import messages as m
 from tests.harness import POOL, Domain, Failed, renewing
@@ -270,6 +271,20 @@ async def test_names_that_could_be_other_documents_or_subjects_are_refused(domai
             body = {"pod": {"name": name, "ip": "", "instance": ""}, "pools": [], "request_id": "r"}
             reply = await asking.client.request(asking.subjects.session("open"), codec.encode(body))
             assert (reply.headers or {})[m.ERROR_CODE_HEADER] == "400", name
+
+
+async def test_more_requests_at_once_than_the_bound_are_told_to_come_back(
+    domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is done for them, and with `retry`; afterwards they are served."""
+    async with domain.served() as asking:
+        with monkeypatch.context() as bounded:
+            bounded.setattr(endpoints, "IN_FLIGHT_MAX", 0)
+            with pytest.raises(Failed) as refused:
+                await asking.open("amf-1")
+        failure = refused.value.failure
+        assert (failure.error, failure.reason, failure.retry) == ("store_unavailable", "overloaded", True)
+        assert (await asking.open("amf-1")).incarnation
 
 
 async def test_a_flood_of_bad_requests_is_answered_and_good_ones_are_served_meanwhile(domain: Domain) -> None:

@@ -1,0 +1,34 @@
+"""One lead over one table: what the tasks of a serving leader share.
+
+It begins when the leader has caught up, and ends with the lead, or when the table is read anew.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from drsm_agent.core.lease import Leases
+from drsm_agent.core.session import LivenessLeases
+from drsm_agent.core.table import Table
+from drsm_agent.lead import Lead
+from drsm_agent.metrics import Metrics
+from drsm_agent.ports import Chance, Clock, WallClock
+from drsm_agent.relay import Relay
+from drsm_sdk.wire.definition import Definition
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reign:
+    """`liveness` are the leases that this leader judges by; before `grants_from`, on `clock`, nothing is
+    granted or claimed."""
+
+    lead: Lead
+    table: Table
+    relay: Relay
+    liveness: LivenessLeases
+    grants_from: float
+    leases: Leases
+    definitions: Mapping[str, Definition]
+    clock: Clock
+    wall_clock: WallClock
+    chance: Chance
+    metrics: Metrics
