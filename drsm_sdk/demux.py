@@ -96,7 +96,7 @@ class Demux:
 
     def chunks(self) -> dict[int, Owner]:
         """The whole table as it stands: chunk number -> owner. For who programs routes by chunk."""
-        return self._mirror.table()
+        return self._mirror.chunks()
 
     @property
     def synced(self) -> bool:

@@ -65,13 +65,9 @@ class Mirror:
         """Every pod that is up or owns a chunk, by name."""
         return sorted((holder.owner for holder in self._holders.values()), key=lambda owner: owner.key)
 
-    def table(self) -> dict[int, Owner]:
+    def chunks(self) -> dict[int, Owner]:
         """The whole table: chunk number -> owner."""
         return {n: holder.owner for n, holder in self._chunks.items()}
-
-    def chunks(self) -> dict[int, Key]:
-        """The whole table: chunk number -> (name, incarnation) of its owner."""
-        return {n: holder.owner.key for n, holder in self._chunks.items()}
 
     def fallen(self, term: int, history: str) -> bool:
         """Whether a message with this term and history comes from a leader that has fallen."""
