@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 APT := apt-get install -y make git ca-certificates python3-venv libcurl4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean system
+.PHONY: help demo test lint bench simulate clean system
 
 help: ## show this
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -22,6 +22,12 @@ lint: $(INSTALLED) ## style, types and import contracts
 	$(VENV) -m ruff format --check .
 	$(VENV) -m mypy
 	$(VENV) .venv/bin/lint-imports
+
+bench: $(INSTALLED) ## how fast it is, beside MongoDB and NATS alone; five minutes
+	$(VENV) -m tests.bench
+
+simulate: $(INSTALLED) ## many simulated worlds, each with its own misfortunes: make simulate SEEDS=100000
+	$(VENV) -m tests.simulation --seeds $(or $(SEEDS),1000)
 
 clean: ## remove the virtual environment and all caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist

@@ -26,6 +26,17 @@ from drsm_agent.service import running
 FAULT, REFUSED = 1, 2
 
 
+READY = """\
+MongoDB  {mongo}
+NATS     {nats}
+look at it: DRSM_NATS_URL={nats} drsm pools
+ready; Ctrl-C stops everything"""
+
+
+class ServerEnded(AgentError):
+    """A server of the development stack ended by itself."""
+
+
 class Members(Enum):
     """Two members are no choice: without either of them there is no majority."""
 
@@ -94,12 +105,22 @@ async def _run() -> None:
 
 async def _serve(configured: settings.Settings) -> None:
     async with running(configured) as agent:
-        log.info("running", agent=agent.name, http_port=agent.http_port)
+        log.info(
+            "running",
+            agent=agent.name,
+            version=version("drsm"),
+            prefix=configured.subject_prefix,
+            pools=list(configured.definitions),
+            nats=configured.nats_hosts,
+            mongo=configured.mongo_hosts,
+            http_port=agent.http_port,
+        )
         await agent.ended()
 
 
 async def _dev(pools: list[str], members: int, mongo_port: int | None, nats_port: int | None) -> None:
     logs.configure("console", "info")
+    settings.load(pools=[{"name": name} for name in pools])  # a mistake is told before anything is started
     stack = Stack(mongo_members=members, mongo_port=mongo_port, nats_port=nats_port)
     await _until_signal(_develop(stack, pools))
 
@@ -114,13 +135,17 @@ async def _develop(stack: Stack, pools: list[str]) -> None:
         )
         async with running(configured) as agent:
             ended = asyncio.create_task(agent.ended())
+            broken = asyncio.create_task(stack.ended())
             led = asyncio.create_task(agent.leader.leading.wait())
-            await asyncio.wait([ended, led], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([ended, broken, led], return_when=asyncio.FIRST_COMPLETED)
             if led.done():
-                print(f"MongoDB  {stack.mongo_url}\nNATS     {stack.nats_url}", flush=True)
-                print("ready; Ctrl-C stops everything", flush=True)
+                print(READY.format(mongo=stack.mongo_url, nats=stack.nats_url), flush=True)
+            await asyncio.wait([ended, broken], return_when=asyncio.FIRST_COMPLETED)
             led.cancel()
-            await ended
+            ended.cancel()
+            if broken.done():
+                raise ServerEnded(broken.result())
+            broken.cancel()
 
 
 async def _demo() -> None:

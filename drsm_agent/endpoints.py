@@ -57,8 +57,8 @@ class Endpoints:
         route = self._subjects.route(incoming.subject)
         if route is None or (self._requests is None and route.verb != "probe"):
             return
-        if incoming.reply.startswith(f"{self._subjects.prefix}.evt."):
-            return  # a client must not have us put its answer among the events
+        if self._subjects.ours(incoming.reply):
+            return  # a client must not have us speak among the events, nor ask ourselves
         if self._in_flight >= IN_FLIGHT_MAX:
             overloaded = Refused(
                 "store_unavailable", "too many requests at once", reason="overloaded", retry=True
@@ -136,10 +136,10 @@ class Endpoints:
     async def _send_snapshot(self, incoming: Incoming, route: Route, *, as_json: bool) -> None:
         """All pages at one version, then an empty message; encoded before anything else may change."""
         requests = self._serving()
-        pages = requests.snapshot(requests.pool(route.pool or ""), self._bus.max_payload)
+        pool = requests.pool(route.pool or "")
         if not incoming.reply:
             return
-        for page in pages:
+        for page in requests.snapshot(pool, self._bus.max_payload):
             await self._reply(incoming, codec.to_map(page), as_json=as_json)
         await self._bus.publish(incoming.reply, b"")
 

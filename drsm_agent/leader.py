@@ -69,6 +69,7 @@ class Leader:
         self._election = Election(agent, parts.leases.leader)
         self._highest = 0
         self._led_at = parts.clock()
+        self._following = ("", 0)
         self.leading = asyncio.Event()
 
     @property
@@ -119,12 +120,15 @@ class Leader:
         sent = self._parts.clock()
         if record and record.holder and record != self._election.seen:
             self._led_at = sent
+            if (record.holder, record.term) != self._following:
+                self._following = (record.holder, record.term)
+                log.info("following", leader=record.holder, term=record.term)
         taken = self._election.observed(record, sent, self._highest_term())
         if taken is None or not (await self._parts.store.write([taken])).changed:
             return False
         mine = self._election.won(taken, sent)
         self._highest = max(self._highest, mine.term)
-        log.info("lead_won", term=mine.term, agent=mine.holder)
+        log.info("lead_won", term=mine.term, agent=mine.holder, after=record.holder if record else "")
         return True
 
     def _highest_term(self) -> int:

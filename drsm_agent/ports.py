@@ -111,6 +111,17 @@ class Bus(Protocol):
     def connected(self) -> bool: ...
 
     @property
+    def reconnects(self) -> int: ...
+
+    @property
+    def errors(self) -> int:
+        """How many errors the connection has reported."""
+
+    @property
+    def forbidden(self) -> str:
+        """What the server said when it refused an event for want of a permission; empty if it did not."""
+
+    @property
     def max_payload(self) -> int:
         """Bytes that one message may have, headers included."""
 

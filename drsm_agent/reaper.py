@@ -147,6 +147,7 @@ class Reaper:
             return
         for pool in self._table.pools.values():
             placed = plan(self._claimable(pool), self._living(pool))
+            placed.sort(key=lambda claim: claim.owner)  # then its neighbours go out as one event
             for batch in _batches(placed):
                 outcome = await self._relay.commit([self._claim(pool, claim) for claim in batch])
                 self._metrics.claims.inc(outcome.changed)

@@ -221,7 +221,10 @@ class Relay:
             history=self.history,
             at=round(self._wall_clock() * 1000),
         )
-        headers = {"Content-Type": messages.CONTENT_TYPE, "Drsm-Summary": messages.summary(head, body)}
+        headers = {
+            "Content-Type": messages.CONTENT_TYPE,
+            messages.SUMMARY_HEADER: messages.summary(head, body),
+        }
         if token:
             headers["Nats-Msg-Id"] = f"{pool}.{verb}.{token}"
         data = codec.encode(codec.to_map(head) | codec.to_map(body))

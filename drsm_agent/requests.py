@@ -207,7 +207,13 @@ class Requests:
         if new:
             await self._relay.commit([writes.open_session(session) for session in new])
         for session in new:
-            log.info("session_opened", pod=session.pod, incarnation=session.incarnation)
+            log.info(
+                "session_opened",
+                pod=session.pod,
+                incarnation=session.incarnation,
+                ip=session.ip,
+                instance=session.instance,
+            )
         return [self._table.sessions.get(session.key) or _unknown_outcome("open") for session in sessions]
 
     async def _activate_all(self, keys: Sequence[Key]) -> Sequence[Exception | None]:
@@ -271,9 +277,11 @@ class Requests:
     def _inserts(
         self, pool: str, wanted: Sequence[_Wanted], missing: Sequence[int], numbers: Sequence[int]
     ) -> tuple[list[writes.Insert], list[int]]:
-        """One insert per number, with the index of the request that gets it; everyone gets one first."""
+        """One insert per number, with the index of the request that gets it; everyone gets one first.
+
+        In the order of the requests: neighbours of one owner then go out as one event."""
         turns = sorted((turn, i) for i, count in enumerate(missing) for turn in range(count))
-        takers = [i for _, i in turns][: len(numbers)]
+        takers = sorted(i for _, i in turns[: len(numbers)])
         inserts = [
             writes.allocate(pool, n, wanted[i].owner, self._chance.token(), wanted[i].request_id)
             for n, i in zip(numbers, takers, strict=False)
@@ -337,7 +345,7 @@ class Requests:
     def pool(self, name: str) -> PoolTable:
         """The pool of a request. Raises Refused: unknown_pool."""
         if name not in self._table.pools:
-            raise Refused("unknown_pool", "this domain has no such pool; the request `pools` lists them")
+            raise Refused("unknown_pool", "no pool of this name; `drsm pools` lists those there are")
         return self._table.pools[name]
 
     def _state_of(self, key: Key) -> str:

@@ -17,7 +17,7 @@ from drsm_agent.errors import AgentError, Misconfigured
 from drsm_agent.feed import Feed
 from drsm_agent.leader import Leader, Parts
 from drsm_agent.metrics import Metrics
-from drsm_agent.ports import Chance, boottime
+from drsm_agent.ports import Bus, Chance, Clock, Store, WallClock, boottime
 from drsm_agent.settings import Settings
 from drsm_agent.store.mongo import MongoStore
 from drsm_agent.store.stored import ensure_stored
@@ -42,12 +42,21 @@ class BusBroken(AgentError):
 class Agent:
     """One running agent. Use `running`."""
 
-    def __init__(self, settings: Settings, store: MongoStore, bus: NatsBus) -> None:
-        self.name = f"{settings.agent_id or socket.gethostname()}-{Chance().token()[:6]}"
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        bus: Bus,
+        *,
+        clock: Clock = boottime,
+        wall_clock: WallClock = time.time,
+        chance: Chance | None = None,
+    ) -> None:
+        chance = chance or Chance()
+        self.name = f"{settings.agent_id or socket.gethostname()}-{chance.token()[:6]}"
         self.metrics = Metrics()
         self._bus = bus
-        chance = Chance()
-        self.feed = Feed(store, list(settings.definitions), boottime, chance, self.metrics)
+        self.feed = Feed(store, list(settings.definitions), clock, chance, self.metrics)
         self.leader = Leader(
             self.name,
             Parts(
@@ -57,8 +66,8 @@ class Agent:
                 subjects=Subjects(settings.subject_prefix),
                 leases=settings.leases,
                 definitions=settings.definitions,
-                clock=boottime,
-                wall_clock=time.time,
+                clock=clock,
+                wall_clock=wall_clock,
                 chance=chance,
                 metrics=self.metrics,
             ),
@@ -139,6 +148,7 @@ def stored_settings(settings: Settings) -> list[Document]:
     leases = settings.leases
     durations = {
         "_id": "settings",
+        "subject_prefix": settings.subject_prefix,
         "liveness_ms": round(leases.liveness * 1000),
         "allocation_ms": round(leases.allocation * 1000),
         "leader_ms": round(leases.leader * 1000),

@@ -11,7 +11,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import AliasChoices, BaseModel, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -84,7 +92,7 @@ class Settings(BaseSettings):
     leader_ttl: float = Field(3.0, gt=0, lt=DURATION_MAX)
     """`T`: a standby takes over a leader that was silent for so long."""
     settings_revision: int = Field(1, ge=1)
-    """Raise it to change a stored `L`, `A` or `T`, or which pools there are."""
+    """Raise it to change a stored `L`, `A` or `T`, the subject prefix, or which pools there are."""
 
     agent_id: str = Field("", validation_alias=AliasChoices("DRSM_AGENT_ID", "HOSTNAME", "agent_id"))
     http_host: str = "0.0.0.0"  # noqa: S104  # probes come from the node, not from the pod
@@ -114,6 +122,17 @@ class Settings(BaseSettings):
         toml = TomlConfigSettingsSource(settings_cls, os.environ.get(CONFIG_VARIABLE))
         return init_settings, env_settings, toml
 
+    @field_validator("nats_url")
+    @classmethod
+    def _is_of_nats(cls, urls: str) -> str:
+        for url in urls.split(","):
+            scheme, _, host = url.rpartition("://")
+            if scheme not in {"", "nats", "tls", "ws", "wss"} or not host:
+                raise ValueError(
+                    "expected URLs such as nats://host:4222 (or tls, ws, wss), separated by commas"
+                )
+        return urls
+
     @model_validator(mode="after")
     def _holds_together(self) -> "Settings":
         leases = self.leases
@@ -131,6 +150,16 @@ class Settings(BaseSettings):
     @property
     def leases(self) -> Leases:
         return Leases(liveness=self.liveness_ttl, allocation=self.allocation_ttl, leader=self.leader_ttl)
+
+    @property
+    def nats_hosts(self) -> str:
+        """Where NATS is, without credentials."""
+        return ",".join(url.rpartition("//")[2].rpartition("@")[2] for url in self.nats_url.split(","))
+
+    @property
+    def mongo_hosts(self) -> str:
+        """Where MongoDB is, without credentials and options."""
+        return self.mongo_url.get_secret_value().rpartition("@")[2].rpartition("//")[2].split("/")[0]
 
     @cached_property
     def definitions(self) -> dict[str, Definition]:
@@ -176,7 +205,8 @@ def _mistake(entry: Any) -> str:
     if entry["type"] == "too_short" and name == "DRSM_POOLS":
         return f"DRSM_POOLS: expected at least one pool, for example {POOLS_EXAMPLE}"
     if entry["type"] == "extra_forbidden":
-        return f"{where}: no such field; the fields are {', '.join(PoolSettings.model_fields)}"
+        known = PoolSettings if rest else Settings
+        return f"{where}: no such field; the fields are {', '.join(known.model_fields)}"
     if entry["type"] == "value_error":
         return f"{where}: {message}"
     return f"{where}: {message}, found {json.dumps(entry.get('input'), default=str)[:80]}"

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from drsm_sdk import naming
 from drsm_sdk.ambient import Backoff, Chance, Clock, boottime
 from drsm_sdk.errors import AgentUnavailable, BadRequest, SessionLost
-from drsm_sdk.nats_transport import NatsTransport
 from drsm_sdk.pods import Pod
 from drsm_sdk.pool import Pool
 from drsm_sdk.rpc import Rpc
 from drsm_sdk.scan import InUse
 from drsm_sdk.session import Session, State
 from drsm_sdk.tasks import Tasks
-from drsm_sdk.transport import NotConnected, Transport
-from drsm_sdk.wire.subjects import PREFIX_DEFAULT, Subjects, valid_pool_name
+from drsm_sdk.transport import NotConnected, Transport, on_nats
+from drsm_sdk.wire.subjects import PREFIX_DEFAULT
 
 OnSilence = Literal["continue", "stop"]
 
@@ -50,7 +50,7 @@ class Drsm:
         self._rpc = Rpc(transport, clock, chance)
         self._session = Session(
             self._rpc,
-            _subjects(prefix),
+            naming.domain(prefix),
             pod,
             self._tasks,
             clock=clock,
@@ -58,6 +58,7 @@ class Drsm:
             stop_when_suspect=on_silence == "stop",
         )
         self._chance = chance
+        self._entered = False
         self._pools: dict[str, tuple[Pool, asyncio.Future[None]]] = {}
 
     @classmethod
@@ -87,7 +88,7 @@ class Drsm:
         BadRequest for arguments that cannot be; entering raises AgentUnavailable or BadRequest.
         """
         chance = chance or Chance()
-        transport = transport or NatsTransport(url, chance, f"drsm-{pod.name}", options)
+        transport = transport or on_nats(url, chance, f"drsm-{pod.name}", options)
         return cls(
             transport, pod, prefix=prefix, timeout=timeout, on_silence=on_silence, clock=clock, chance=chance
         )
@@ -106,6 +107,7 @@ class Drsm:
     async def __aenter__(self) -> Self:
         if self._tasks.stopped:
             raise BadRequest("this Drsm was left before: connect a new one")
+        self._entered = True
         try:
             begun = self._clock()
             await self._transport.connect(self._timeout)
@@ -146,10 +148,9 @@ class Drsm:
         that of `connect`. Raises BadRequest (also for an unknown pool) and AgentUnavailable; after the latter
         the pod goes on joining, as the agent may have heard it: call again to get the pool.
         """
-        if not valid_pool_name(name):
-            raise BadRequest(
-                f"pool name: expected [a-z0-9][a-z0-9_-]{{0,31}} not beginning with drsm_, found {name!r}"
-            )
+        naming.pool_name(name)
+        if not self._entered:
+            raise BadRequest("expected a Drsm that was entered: async with Drsm.connect(...) as drsm")
         if self._tasks.stopped or self._session.closing:
             raise self._session.refusal()
         timeout = self._timeout if timeout is None else timeout
@@ -191,8 +192,7 @@ class Drsm:
         else:
             ready.set_result(None)
         finally:
-            if not ready.done():
-                ready.cancel()
+            self._give_up(ready)
 
     async def _begin(self, pool: Pool) -> None:
         """Join under the present session; again when that one is lost meanwhile, or silent."""
@@ -204,6 +204,7 @@ class Drsm:
             except SessionLost:
                 if self._tasks.failure is not None or self._session.closing:
                     raise
+                await asyncio.sleep(backoff.delay())
             except AgentUnavailable:
                 await asyncio.sleep(backoff.delay())
             else:
@@ -211,21 +212,18 @@ class Drsm:
                 pool.begin(life, definition)
                 return
 
+    def _give_up(self, ready: asyncio.Future[None]) -> None:
+        """Whoever still waits to join is told why that will not be: this pod has left, or is broken."""
+        if not ready.done():
+            ready.set_exception(self._session.refusal())
+            ready.exception()
+
     def _failed(self) -> None:
-        """A background task broke: issue nothing more."""
-        life = self._session.life
-        if life is not None:
-            self._session.end(life, "failed")
+        self._session.fail()
 
     async def _close(self) -> None:
         await self._tasks.stop()
-        for pool, _ in self._pools.values():
+        for pool, ready in self._pools.values():
+            self._give_up(ready)  # a task that was never begun has nothing to end it
             await pool.close()
         await self._transport.close()
-
-
-def _subjects(prefix: str) -> Subjects:
-    try:
-        return Subjects(prefix)
-    except ValueError as error:
-        raise BadRequest(str(error)) from None

@@ -5,18 +5,18 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from drsm_sdk import naming
 from drsm_sdk.ambient import Chance, Clock, boottime
 from drsm_sdk.changes import Reloaded
 from drsm_sdk.errors import AgentUnavailable, BadRequest, Failed
 from drsm_sdk.feed import Feed, Reader
 from drsm_sdk.follow import Follower
-from drsm_sdk.nats_transport import NatsTransport
 from drsm_sdk.pods import Owner
 from drsm_sdk.rpc import Rpc
 from drsm_sdk.tasks import Tasks
-from drsm_sdk.transport import NotConnected, Transport
+from drsm_sdk.transport import NotConnected, Transport, on_nats
 from drsm_sdk.wire.messages import EventBody, EventHead
-from drsm_sdk.wire.subjects import PREFIX_DEFAULT, Subjects, valid_pool_name
+from drsm_sdk.wire.subjects import PREFIX_DEFAULT
 
 TIMEOUT = 5.0
 
@@ -38,22 +38,14 @@ class Demux:
         clock: Clock = boottime,
         chance: Chance | None = None,
     ) -> None:
-        if not valid_pool_name(pool):
-            raise BadRequest(
-                f"pool name: expected [a-z0-9][a-z0-9_-]{{0,31}} not beginning with drsm_, found {pool!r}"
-            )
-        try:
-            subjects = Subjects(prefix)
-        except ValueError as error:
-            raise BadRequest(str(error)) from None
-        self.pool = pool
+        self.pool = naming.pool_name(pool)
         self._transport, self._timeout, self._clock = transport, timeout, clock
         chance = chance or Chance()
         self._feed: Feed[EventBody | Reloaded] = Feed()
-        self._tasks = Tasks(self._feed.close)
+        self._tasks = Tasks(self._broken)
         self._follower = Follower(
             Rpc(transport, clock, chance),
-            subjects,
+            naming.domain(prefix),
             pool,
             clock=clock,
             chance=chance,
@@ -81,7 +73,7 @@ class Demux:
         seconds, BadRequest for a pool that the agent does not know.
         """
         chance = chance or Chance()
-        transport = transport or NatsTransport(url, chance, f"drsm-demux-{pool}", options)
+        transport = transport or on_nats(url, chance, f"drsm-demux-{pool}", options)
         return cls(transport, pool, prefix=prefix, timeout=timeout, clock=clock, chance=chance)
 
     def owner(self, id_: int) -> Owner | None:
@@ -123,6 +115,8 @@ class Demux:
                 self._tasks.start(self._follower.run(), f"follow-{self.pool}")
                 self._tasks.start(self._follower.watch(), f"watch-{self.pool}")
                 await self._follower.settled.wait()
+            if self._tasks.failure is not None:
+                raise Failed from self._tasks.failure
             if isinstance(self._follower.trouble, BadRequest):
                 raise self._follower.trouble
         except NotConnected as error:
@@ -154,6 +148,11 @@ class Demux:
 
     def _reloaded(self) -> None:
         self._feed.publish(Reloaded(self.pool, self._mirror.version))
+
+    def _broken(self) -> None:
+        """A background task broke: whoever waits shall hear of it at once."""
+        self._feed.close()
+        self._follower.settled.set()
 
     async def _close(self) -> None:
         await self._tasks.stop()

@@ -36,8 +36,8 @@ class PoolExhausted(DrsmError):
 
     def __init__(self, pool: str) -> None:
         super().__init__(
-            f"pool {pool}: every chunk is owned and this pod's ids are all in use; release ids, "
-            "or define the pool with more bits"
+            f"pool {pool}: every chunk is owned, and this pod's ids are all in use or in claimed chunks that "
+            "are not scanned yet; release ids, or define the pool with more bits"
         )
         self.pool = pool
 

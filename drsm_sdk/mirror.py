@@ -87,8 +87,12 @@ class Mirror:
         self.version, self.history = snapshot.version, snapshot.history
         self.term = max(self.term, snapshot.term)
         self.loaded = True
-        self._sweep()
+        self._sweep(*self._holders)
         return True
+
+    def distrust(self) -> None:
+        """What is in hand may rest on a forged message: the next snapshot is taken, whatever its version."""
+        self.loaded, self.term = False, 0
 
     def apply(self, head: wire.EventHead, body: wire.EventBody) -> Verdict:
         """Fold one event into the table."""
@@ -124,17 +128,23 @@ class Mirror:
                 self._holder(pod).owner = Owner.of(pod, "live")
             case wire.PodDown(pod):
                 self._holder(pod).owner = Owner.of(pod, "down")
+                self._sweep(_key(pod))
             case wire.ChunkAllocated(owner, chunks) | wire.ChunkClaimed(owner, _, chunks):
+                former = self._holders_of(chunks)
                 self._give(chunks, self._holder(owner))
+                self._sweep(*former)
             case wire.ChunkReleased(_, chunks):
+                former = self._holders_of(chunks)
                 for n in chunks:
                     self._take(n)
-        if isinstance(body, wire.PodDown | wire.ChunkClaimed | wire.ChunkReleased):
-            self._sweep(body.pod if isinstance(body, wire.PodDown) else body.previous)
+                self._sweep(*former)
+
+    def _holders_of(self, numbers: Iterable[int]) -> set[Key]:
+        return {holder.owner.key for n in numbers if (holder := self._chunks.get(n)) is not None}
 
     def _holder(self, ref: wire.OwnerRef) -> Holder:
         """A pod that nobody announced is not up: its chunks are orphans."""
-        key = (ref.name, ref.incarnation)
+        key = _key(ref)
         if key not in self._holders:
             self._holders[key] = Holder(Owner.of(ref, "down"))
         return self._holders[key]
@@ -153,10 +163,13 @@ class Mirror:
             holder.chunks -= 1
             self.checksum = (self.checksum - ownership(n, *holder.owner.key)) % MODULUS
 
-    def _sweep(self, ref: wire.OwnerRef | None = None) -> None:
-        """Forget pods that are down and own nothing: all of them, or just one."""
-        keys = list(self._holders) if ref is None else [(ref.name, ref.incarnation)]
+    def _sweep(self, *keys: Key) -> None:
+        """Forget those of these pods that are down and own nothing."""
         for key in keys:
             holder = self._holders.get(key)
             if holder is not None and not holder.chunks and holder.owner.state == "down":
                 del self._holders[key]
+
+
+def _key(ref: wire.OwnerRef) -> Key:
+    return ref.name, ref.incarnation

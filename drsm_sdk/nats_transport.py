@@ -11,6 +11,7 @@
 
 import asyncio
 import contextlib
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 
 from drsm_sdk.ambient import Backoff, Chance
+from drsm_sdk.errors import BadRequest
 from drsm_sdk.tasks import Tasks
 from drsm_sdk.transport import Callback, Message, NoAnswer, NoResponders, NotConnected, TooLarge
 
@@ -34,9 +36,22 @@ REBUILD_AFTER = 30.0  # seconds down, after which the client itself is not trust
 CLOSE_TIMEOUT = 2.0
 HEADERS_MAX = 1024  # what a message's headers may add to its size
 NO_RESPONDERS = "503"
+SCHEMES = ("", "nats", "tls", "ws", "wss")
+OPTIONS = frozenset(inspect.signature(Client.connect).parameters) - {"self", "servers"}
 
 
-class _TlsClient(Client):
+class _Client(Client):
+    """Goes on reading after a message whose subject, reply subject or headers cannot be read: anybody can
+    send one, and nats-py's read loop would end by it, without a word."""
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        try:
+            await super()._process_msg(sid, subject, reply, data, headers)
+        except (ValueError, IndexError) as error:
+            log.debug("a message that cannot be read: %s", error)
+
+
+class _TlsClient(_Client):
     """Sends nothing of its own, credentials least of all, to a server that does not offer TLS."""
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
@@ -87,6 +102,7 @@ class NatsTransport:
 
     `options` go to nats-py's `connect` as they are: `user`, `password`, `token`, `user_credentials`,
     `nkeys_seed`, `tls`, `tls_handshake_first`, `inbox_prefix`, ... They win over what is set here.
+    Raises BadRequest for a URL that is none of NATS, or an option that nats-py does not have.
     """
 
     servers: str | Sequence[str]
@@ -102,6 +118,16 @@ class NatsTransport:
     _tasks: Tasks = field(default_factory=lambda: Tasks(lambda: None))
     _said: dict[str, None] = field(default_factory=dict)
     _last_error: str = "no server answered"
+
+    def __post_init__(self) -> None:
+        for url in _urls(self.servers):
+            scheme, _, host = url.rpartition("://")
+            if scheme not in SCHEMES or not host:
+                raise BadRequest(
+                    f"expected a NATS URL such as nats://host:4222 (or tls, ws, wss), found {_shown(url)!r}"
+                )
+        if unknown := sorted(set(self.options) - OPTIONS):
+            raise BadRequest(f"expected options of nats-py's connect(), found {', '.join(unknown)}")
 
     @property
     def connected(self) -> bool:
@@ -119,7 +145,7 @@ class NatsTransport:
         except TimeoutError:
             raise NotConnected(
                 f"no connection to NATS at {_shown(self.servers)} within {timeout:g} s ({self._last_error}); "
-                "check the address, and that a nats-server runs there"
+                "check the address, the credentials, and that a nats-server runs there"
             ) from None
 
     async def publish(self, subject: str, data: bytes, headers: Mapping[str, str] | None = None) -> None:
@@ -188,7 +214,7 @@ class NatsTransport:
         """Keep one client going; build another when it has closed for good."""
         backoff = Backoff(self.chance, RECONNECT_FIRST, RECONNECT_MOST)
         while True:
-            client = _TlsClient() if self._wants_tls() else Client()
+            client = _TlsClient() if self._wants_tls() else _Client()
             self._client = client
             try:
                 await self._start(client)
@@ -203,7 +229,7 @@ class NatsTransport:
     async def _start(self, client: Client) -> None:
         await client.connect(
             **{
-                "servers": self.servers if isinstance(self.servers, str) else list(self.servers),
+                "servers": _urls(self.servers),
                 "name": self.name,
                 "max_reconnect_attempts": -1,
                 "reconnect_time_wait": self.chance.jitter(0.5),
@@ -241,7 +267,8 @@ class NatsTransport:
     def _connected(self) -> None:
         self._epoch += 1
         self._said.clear()
-        log.info("connected to NATS (connection %d)", self._epoch)
+        again = self._epoch > 1
+        log.log(logging.WARNING if again else logging.INFO, "connected to NATS%s", " again" * again)
         if self._first.is_set():
             for callback in self._callbacks:
                 callback()
@@ -293,8 +320,8 @@ class NatsTransport:
         return client
 
     def _wants_tls(self) -> bool:
-        servers = [self.servers] if isinstance(self.servers, str) else self.servers
-        return self.options.get("tls") is not None or any(url.startswith("tls://") for url in servers)
+        encrypted = any(url.startswith("tls://") for url in _urls(self.servers))
+        return self.options.get("tls") is not None or encrypted
 
 
 def _message(msg: Msg) -> Message:
@@ -316,5 +343,8 @@ def _text(error: Exception) -> str:
 
 def _shown(servers: str | Sequence[str]) -> str:
     """Addresses without what stands before an `@`: that may be a password."""
-    urls = [servers] if isinstance(servers, str) else servers
-    return ", ".join(url.rpartition("@")[2].removeprefix("nats://") for url in urls)
+    return ", ".join(url.rpartition("@")[2].removeprefix("nats://") for url in _urls(servers))
+
+
+def _urls(servers: str | Sequence[str]) -> list[str]:
+    return [servers] if isinstance(servers, str) else list(servers)

@@ -247,6 +247,8 @@ class Pool:
             self._feed.publish(
                 changes.SessionLost(self.name, reason, chunks, changes.ranges(stock.all_issued()))
             )
+        if self._session.tasks.failure is not None:
+            self._feed.close()
         self._changed()
 
     def held(self) -> tuple[int, int]:

@@ -20,6 +20,10 @@ log = logging.getLogger("drsm_sdk")
 M = TypeVar("M")
 
 TRY_TIMEOUT = 2.0
+TERM_BELIEVED = 30.0
+"""Seconds after which a term that nobody has repeated is not held against lower ones any more. A leader
+repeats its own with every sync, and one that has fallen is silent long before; but a forged one must not
+make every later answer useless."""
 RETRY_FIRST, RETRY_MOST = 0.05, 0.5
 
 
@@ -54,10 +58,12 @@ class Rpc:
     chance: Chance
     term: int = 0
     trouble: str = ""
+    _said_at: float = float("-inf")
 
     def saw(self, term: int) -> None:
         """A message of a leader with this term came."""
-        self.term = max(self.term, term)
+        if term >= self.term:
+            self.term, self._said_at = term, self.clock()
 
     async def once(
         self, subject: str, request: Any, kind: type[M], timeout: float, *, pool: str = ""
@@ -112,7 +118,7 @@ class Rpc:
     def _refusal(self, reply: Message, pool: str) -> Refused:
         """Error answers must be understood even from other versions: their code alone is enough."""
         code = reply.headers.get(ERROR_CODE_HEADER, "")
-        number = int(code) if code.isascii() and code.isdigit() else 500
+        number = int(code) if code.isascii() and code.isdigit() and len(code) == 3 else 500
         failure = Failure("unknown", reply.headers.get(ERROR_HEADER, ""), retry=number in {500, 503})
         stamp: Stamp | None = None
         try:
@@ -126,6 +132,6 @@ class Rpc:
         return Refused(from_failure(failure, number, pool), failure.retry, stamp)
 
     def _check(self, stamp: Stamp) -> None:
-        if stamp.term < self.term:
+        if stamp.term < self.term and self.clock() - self._said_at < TERM_BELIEVED:
             raise Unusable(f"answer of agent {stamp.agent} of term {stamp.term}, term {self.term} was seen")
-        self.term = stamp.term
+        self.term, self._said_at = stamp.term, self.clock()

@@ -36,6 +36,7 @@ RENEWALS_MAX = 20  # outstanding ones; a late answer still counts, from its own 
 REOPEN_FIRST, REOPEN_MOST = 0.2, 5.0
 SUPERSEDED_FIRST, SUPERSEDED_MOST = 1.0, 60.0
 SETTLED_AFTER = 60.0  # a session that lived so long was not in a fight over its name
+RENEW_SHORTEST, RENEW_LONGEST = 0.02, 60.0  # whatever an answer says: no busy loop, and never none
 STRIKES = 2  # renewals in a row whose `held` differs before the agent is asked what it sees
 RECONCILE_FIRST, RECONCILE_MOST = 0.5, 60.0
 CHUNKS_TIMEOUT = 5.0
@@ -143,11 +144,12 @@ class Session:
         self, life: Life, subject: str, request: Any, kind: type[M], timeout: float, *, pool: str = ""
     ) -> Answer[M]:
         """A request in the name of `life`. Raises DrsmError; a verdict ends the life first."""
+        asked = self.clock()
         try:
             answer = await self._rpc.call(subject, request, kind, timeout, pool=pool)
         except Refused as refused:
             if isinstance(refused.error, SessionLost):
-                await self._verdict(life, refused.error, refused.stamp)
+                await self._verdict(life, refused.error, refused.stamp, asked)
             raise refused.error from None
         if life is not self.life:
             raise SessionLost(self.lost_reason)
@@ -170,10 +172,21 @@ class Session:
     async def opened(self) -> Life:
         """Wait for a session. Raises BadRequest when the agent refuses to open one for this pod."""
         while self.life is None:
+            if self.tasks.failure is not None:
+                raise self.refusal()
             if self._refused is not None:
                 raise self._refused
             await self._opened.wait()
         return self.life
+
+    def fail(self) -> None:
+        """A background task broke: issue nothing more, and tell whoever waits."""
+        if self.life is not None:
+            self.end(self.life, "failed")
+        else:
+            for member in self.members.values():
+                member.end("failed")
+        self._opened.set()
 
     def end(self, life: Life, reason: str) -> None:
         """The life is over, whoever said so. Does nothing for one that has ended before."""
@@ -252,7 +265,7 @@ class Session:
         leases = Leases(stop_when_suspect=self._stop_when_suspect)
         leases.granted(answer.sent, opened.liveness_ms, opened.allocation_ms)
         life = Life(
-            opened.incarnation, leases, answer.stamp.history, opened.renew_ms / 1000, opened_at=self.clock()
+            opened.incarnation, leases, answer.stamp.history, _period(opened.renew_ms), opened_at=self.clock()
         )
         self.life, self._refused = life, None
         self._opened.set()
@@ -289,12 +302,12 @@ class Session:
         held = {name: member.held() for name, member in self.members.items()}
         use = {name: member.use() for name, member in self.members.items()}
         request = wire.Renew(self.pod.name, life.incarnation, held, use)
-        subject = self.subjects.session("renew")
+        subject, asked = self.subjects.session("renew"), self.clock()
         try:
             answer = await self._rpc.once(subject, request, wire.Renewed, RENEW_TIMEOUT)
         except Refused as refused:
             if isinstance(refused.error, SessionLost):
-                await self._verdict(life, refused.error, refused.stamp)
+                await self._verdict(life, refused.error, refused.stamp, asked)
             else:
                 log.debug("a renewal was refused: %s", refused.error)
         except (TransportError, Unusable, BadRequest) as error:
@@ -309,7 +322,7 @@ class Session:
             return
         said = answer.body
         life.leases.granted(answer.sent, said.liveness_ms, said.allocation_ms)
-        life.renew_period = said.renew_ms / 1000
+        life.renew_period = _period(said.renew_ms)
         self._note_state()
         self._see_history(life, answer.stamp.history)
         self._compare(life, said.held)
@@ -386,11 +399,11 @@ class Session:
             await self._rpc.call(self.subjects.session("report"), request, wire.Reported, timeout)
         life.unsettled.set()
 
-    async def _verdict(self, life: Life, lost: SessionLost, stamp: wire.Stamp | None) -> None:
+    async def _verdict(self, life: Life, lost: SessionLost, stamp: wire.Stamp | None, asked: float) -> None:
         """The agent says that the session is over. From a database with another history that may only
         mean that it was restored to before this session: then, and with nothing issued meanwhile, report
-        first."""
-        if life is not self.life or life.reporting:
+        first. What it said to requests from before the report was accepted is no verdict any more."""
+        if life is not self.life or life.reporting or asked < life.counts_from:
             return
         if stamp is None or stamp.history == life.history:
             self.end(life, lost.reason)
@@ -402,5 +415,12 @@ class Session:
             await self._report_all(life, REPORT_TIMEOUT)
         except (DrsmError, Refused):
             self.end(life, lost.reason)
+        else:
+            life.counts_from = self.clock()
         finally:
             life.reporting = False
+
+
+def _period(renew_ms: int) -> float:
+    """Seconds between two renewals."""
+    return min(max(renew_ms / 1000, RENEW_SHORTEST), RENEW_LONGEST)

@@ -13,7 +13,7 @@ from drsm_sdk.wire.definition import Definition
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The table of a pool at `version`: its owners, and which chunks belong to which."""
+    """The table of a pool at `version`: its owners, which chunks belong to which, and which are marked."""
 
     version: wire.Version
     history: str
@@ -21,6 +21,7 @@ class Snapshot:
     definition: Definition
     owners: tuple[Owner, ...]
     chunks: tuple[tuple[tuple[str, int], tuple[int, ...]], ...]
+    marked: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True)
@@ -60,5 +61,11 @@ def _assembled(stamp: wire.Stamp, pages: list[wire.SnapshotPage]) -> Snapshot | 
                 return None
             chunks.append((here[index].key, numbers))
     return Snapshot(
-        pages[0].version, stamp.history, stamp.term, definition, tuple(owners.values()), tuple(chunks)
+        pages[0].version,
+        stamp.history,
+        stamp.term,
+        definition,
+        tuple(owners.values()),
+        tuple(chunks),
+        frozenset(n for page in pages for n in page.marked),
     )

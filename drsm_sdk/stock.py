@@ -59,13 +59,12 @@ class Stock:
     """The chunks of one pool under one session.
 
     `free`   how many ids could be issued now
-    `drawn`  how many more were issued, ever, than became free again
     """
 
     def __init__(self, definition: Definition) -> None:
         self.definition = definition
         self.free = 0
-        self.drawn = 0
+        self._opened = 0
         self._shift = definition.block_bits
         self._quarantine = definition.quarantine_ms / 1000
         self._chunks: dict[int, Chunk] = {}
@@ -94,7 +93,6 @@ class Stock:
         id_ = chunk.free.popleft()
         chunk.used[id_] = now
         self.free -= 1
-        self.drawn += 1
         return id_
 
     def put_back(self, id_: int) -> None:
@@ -103,7 +101,6 @@ class Stock:
         del chunk.used[id_]
         chunk.free.appendleft(id_)
         self.free += 1
-        self.drawn -= 1
 
     def release(self, id_: int, now: float) -> None:
         """Take `id_` back. Raises NotOwner or NotAllocated, and then nothing has changed.
@@ -117,9 +114,10 @@ class Stock:
         if not chunk.open:
             self._release_closed(chunk, id_)
             return
-        if id_ not in chunk.used:
-            raise self._not_issued(id_)
-        del chunk.used[id_]
+        try:
+            del chunk.used[id_]
+        except KeyError:
+            raise self._not_issued(id_) from None
         if not chunk.used:
             chunk.empty_since = now
         if self._quarantine:
@@ -259,6 +257,12 @@ class Stock:
 
     # --- summaries ------------------------------------------------------------------------------
 
+    @property
+    def drawn(self) -> int:
+        """How many more ids were issued, ever, than became free again. (Counting them as they go would cost
+        each id more than its deque does.)"""
+        return self._opened - self.free
+
     def held(self) -> tuple[int, int]:
         """Count and checksum of the chunks held, as `session.renew` carries them."""
         return len(self._chunks) + len(self._retired), self._checksum % MODULUS
@@ -300,6 +304,7 @@ class Stock:
     def _open(self, chunk: Chunk, ids: Iterable[int]) -> None:
         chunk.free = deque(ids)
         self.free += len(chunk.free)
+        self._opened += len(chunk.free)
         if chunk.free:
             self._offer(chunk)
 
@@ -308,7 +313,6 @@ class Stock:
             self._offer(chunk)
         chunk.free.append(id_)
         self.free += 1
-        self.drawn -= 1
 
     def _rest(self, chunk: Chunk, id_: int, now: float) -> None:
         chunk.resting += 1
@@ -339,6 +343,7 @@ class Stock:
         """Nothing is issued from `chunk` any more."""
         del self._chunks[chunk.n]
         self.free -= len(chunk.free)
+        self._opened -= len(chunk.free)
         if chunk is self._current:
             self._current = None
         else:

@@ -127,7 +127,7 @@ class Supply:
         now = self._clock()
         added: dict[int | None, list[Chunk]] = {}
         for n, grant, hold_ms in chunks:
-            if self.stock.seen(n, grant):
+            if n >= self.stock.definition.capacity or self.stock.seen(n, grant):
                 continue
             if n in self.stock:  # by another grant, which must be over then
                 self._drop([n])

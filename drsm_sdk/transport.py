@@ -4,9 +4,11 @@ Nothing is kept for later: what cannot be sent now raises. Whoever implements th
 virtual time, can run the whole SDK in a simulator.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
+
+from drsm_sdk.ambient import Chance
 
 
 class TransportError(Exception):
@@ -83,3 +85,11 @@ class Transport(Protocol):
 
     async def close(self) -> None:
         """Disconnect for good; bounded, and never raises."""
+
+
+def on_nats(servers: str | Sequence[str], chance: Chance, name: str, options: Mapping[str, Any]) -> Transport:
+    """The transport on NATS; `options` are nats-py's. Raises BadRequest for those that cannot be."""
+    # Only here: nats-py takes longer to import than all the rest, and not everybody needs it.
+    from drsm_sdk.nats_transport import NatsTransport  # noqa: PLC0415
+
+    return NatsTransport(servers, chance, name, options)

@@ -8,9 +8,13 @@ from uuid import uuid4
 
 import pytest
 import pytest_asyncio
+from hypothesis import settings
 
 from drsm_agent.embedded import Stack
 from tests.harness import Domain
+
+settings.register_profile("drsm", deadline=None)  # a busy machine is no failure
+settings.load_profile("drsm")
 
 
 @pytest_asyncio.fixture(scope="session")

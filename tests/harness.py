@@ -203,3 +203,29 @@ async def mongo_client(domain: Domain) -> AsyncIterator[AsyncMongoClient[dict[st
     """MongoDB without the agent: as Go pods and operators see it."""
     async with AsyncMongoClient[dict[str, Any]](domain.mongo_url) as client:
         yield client
+
+
+async def raw(nats_url: str, *packets: bytes) -> None:
+    """Bytes on NATS as no client library would send them; returns when the server has them."""
+    host, port = nats_url.removeprefix("nats://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(b'CONNECT {"verbose":false,"pedantic":false,"headers":true}\r\n')
+        for packet in packets:
+            writer.write(packet)
+        writer.write(b"PING\r\n")
+        while b"PONG" not in (line := await within(reader.readline())):
+            assert line, "the server hung up"
+    finally:
+        writer.close()
+
+
+def unreadable(subject: str) -> dict[str, bytes]:
+    """Messages that nats-py raises over in its read loop."""
+    return {
+        "subject": f"PUB {subject}".encode() + b"\xff\xfe 0\r\n\r\n",
+        "reply": f"PUB {subject} ".encode() + b"\xff\xfe 0\r\n\r\n",
+        "no headers": f"HPUB {subject} 8 8\r\nNATS/1.0\r\n".encode(),
+        "status": f"HPUB {subject} 17 17\r\nNATS/1.0 ".encode() + b"\xff\xff\xff\xff\r\n\r\n\r\n",
+        "header": f"HPUB {subject} 20 20\r\nNATS/1.0\r\n".encode() + b"\xff: \xff\xff\xff\r\n\r\n\r\n",
+    }

@@ -8,11 +8,15 @@ Its own `flush()` is not used: it returns at once while it reconnects, and one t
 read loop when its late PONG comes, after which every further one succeeds without a round trip. A
 message to an inbox of our own says the same, and proves that we still hear: NATS keeps the order of
 one connection, so when it is back the server has everything before it.
+
+Its read loop ends, and says nothing, at a message whose subject, reply subject or headers it cannot read;
+anybody can send one. Such messages are dropped here.
 """
 
 import asyncio
 import contextlib
 import random
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +28,7 @@ from nats.errors import Error as NatsError
 from drsm_agent import cancellation
 from drsm_agent.errors import BusUnavailable, Misconfigured, TooLarge
 from drsm_agent.ports import Handler, Incoming
+from drsm_sdk.wire.messages import SUMMARY_HEADER
 
 PING_INTERVAL = 2
 PINGS_UNANSWERED_MAX = 2
@@ -35,8 +40,20 @@ PAYLOAD_MIN = 128 * 1024
 """What the server must take in one message: an event of 1000 claimed chunks with their grants is 40 KiB."""
 PENDING_REQUESTS_MAX = 65_536
 """Requests that wait to be read; beyond, nats-py drops the newest and the requester asks again."""
+PENDING_BYTES_MAX = 32 * 1024 * 1024
+"""The same in bytes. A request is some hundred bytes, so only a flood of large ones comes near."""
 
 log = structlog.get_logger("drsm_agent.bus")
+
+
+class _Client(Client):
+    """Goes on reading after a message that cannot be read."""
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        try:
+            await super()._process_msg(sid, subject, reply, data, headers)
+        except (ValueError, IndexError) as error:
+            log.debug("unreadable_message", error=str(error))
 
 
 class NatsSubscription:
@@ -63,7 +80,8 @@ class NatsBus:
         self._refused = ""
         self.forbidden = ""
         """The server's words when it refused an event for want of a permission, until a flush succeeds."""
-        self._said = ""
+        self._said: set[str] = set()
+        self._events: set[str] = set()
         self._inbox = ""
         self._answers: dict[str, asyncio.Future[bytes]] = {}
         self._asked = 0
@@ -72,7 +90,7 @@ class NatsBus:
     @classmethod
     async def connect(cls, url: str, *, name: str, timeout: float, **options: Any) -> "NatsBus":
         """Connect within `timeout` seconds, trying again meanwhile. Raises BusUnavailable, Misconfigured."""
-        bus = cls(Client())
+        bus = cls(_Client())
         try:
             async with asyncio.timeout(timeout):
                 await bus._connect(url, name, options)
@@ -132,7 +150,12 @@ class NatsBus:
 
         try:
             subscription = NatsSubscription(
-                await self._client.subscribe(subject, cb=deliver, pending_msgs_limit=PENDING_REQUESTS_MAX)
+                await self._client.subscribe(
+                    subject,
+                    cb=deliver,
+                    pending_msgs_limit=PENDING_REQUESTS_MAX,
+                    pending_bytes_limit=PENDING_BYTES_MAX,
+                )
             )
         except NatsError as error:
             raise BusUnavailable(f"cannot subscribe to {subject}: {error}") from error
@@ -152,6 +175,8 @@ class NatsBus:
         size = len(data) + sum(len(name) + len(text) + 4 for name, text in (headers or {}).items()) + 12
         if size > self.max_payload:
             raise TooLarge(f"{size} bytes for {subject}; the server takes {self.max_payload}")
+        if headers and SUMMARY_HEADER in headers:
+            self._events.add(subject.lower())
         try:
             await self._client.publish(subject, data, reply=reply, headers=dict(headers) if headers else None)
         except NatsError as error:
@@ -227,11 +252,12 @@ class NatsBus:
     async def _on_error(self, error: Exception) -> None:
         self.errors += 1
         said = str(error) or type(error).__name__
-        if said != self._said:  # nats-py repeats it with every try
+        kind, subject = _parts(said)
+        if kind not in self._said:  # nats-py repeats it with every try, and with every subject
             log.warning("nats_error", error=said)
-        self._said = said
+        self._said.add(kind)
         # The server says so before it sends the echo of a flush. (Of replies it is the asker's fault.)
-        if "permissions violation for publish" in said.lower() and ".evt." in said:
+        if "permissions violation for publish" in kind.lower() and subject.lower() in self._events:
             self._refused = self.forbidden = said
 
     async def _on_disconnected(self) -> None:
@@ -240,12 +266,18 @@ class NatsBus:
 
     async def _on_reconnected(self) -> None:
         self.reconnects += 1
-        self._said = ""
+        self._said.clear()
         log.info("nats_reconnected", reconnects=self.reconnects)
 
     async def _on_closed(self) -> None:
         if not self._broken.done():
             self._broken.set_result(str(self._client.last_error or "closed"))
+
+
+def _parts(said: str) -> tuple[str, str]:
+    """What an error says, and the subject in it: a stranger chooses what he asks and where he is answered."""
+    kind, _, rest = said.partition('"')
+    return re.split(r",? subject:", kind)[0], rest.partition('"')[0]
 
 
 def _shown(url: str) -> str:

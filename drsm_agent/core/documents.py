@@ -7,7 +7,7 @@ only while its copies equal them. docs/protocol.md names every field.
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 Document = dict[str, Any]
@@ -96,7 +96,7 @@ class Chunk:
             "podInstance": self.instance,
             "podIp": self.ip,
         }
-        return document | ({"drsm": asdict(self.drsm)} if self.drsm else {})
+        return document | ({"drsm": _fields(self.drsm)} if self.drsm else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,12 @@ class Session:
 
     @property
     def document(self) -> Document:
-        return {"_id": session_key(self.pod, self.incarnation), "type": "session"} | asdict(self)
+        return {"_id": session_key(self.pod, self.incarnation), "type": "session"} | _fields(self)
+
+
+def _fields(record: Drsm | Session) -> Document:
+    """The fields as they are, none of which can be changed; `asdict` would copy each, for every event."""
+    return {name: getattr(record, name) for name in record.__slots__}
 
 
 def chunk_key(n: int) -> str:
@@ -248,7 +253,7 @@ def merge(document: Document, updated: Mapping[str, Any], removed: tuple[str, ..
 
 
 def _copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):  # asking for a Mapping costs more than the copy
         return {key: _copy(item) for key, item in value.items()}
     return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
 

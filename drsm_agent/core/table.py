@@ -195,18 +195,20 @@ class Table:
         if old is not None:
             del pool.chunks[old.n]
             pool.marked.discard(old.n)
-            pool.checksum -= self._hashes.ownership(old.n, *old.owner.key)
-            held = pool.held[old.owner.key]
+            key = old.owner.key
+            pool.checksum -= self._hashes.ownership(old.n, *key)
+            held = pool.held[key]
             del held.numbers[old.n]
             held.checksum = (held.checksum - self._hashes.holding(old.n, old.grant, old.marked)) % 2**64
             if not held.numbers:
-                del pool.held[old.owner.key]
+                del pool.held[key]
             if old.request_id:
                 _drop(pool.requests, old.request_id, old.n)
         if new is not None:
+            key = new.owner.key
             pool.chunks[new.n] = new
-            pool.checksum += self._hashes.ownership(new.n, *new.owner.key)
-            held = pool.held.setdefault(new.owner.key, Held())
+            pool.checksum += self._hashes.ownership(new.n, *key)
+            held = pool.held.setdefault(key, Held())
             held.numbers[new.n] = None
             held.checksum = (held.checksum + self._hashes.holding(new.n, new.grant, new.marked)) % 2**64
             if new.request_id:

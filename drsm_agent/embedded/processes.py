@@ -55,8 +55,10 @@ class Process:
 
     async def stop(self, timeout: float = STOP_SECONDS) -> None:
         """Ask it to end (SIGTERM), wake it for that when it is paused, and kill it at the timeout."""
-        self._signal(signal.SIGTERM)
+        # SIGTERM comes last: before it sends another signal, Popen looks whether the process has ended, and
+        # takes the exit code away from asyncio, which then reports 255.
         self._signal(signal.SIGCONT)
+        self._signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(timeout):
                 await self.wait()

@@ -1,5 +1,6 @@
 """MongoDB and NATS together: all that an agent needs to run, in one `async with`."""
 
+import asyncio
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -50,6 +51,18 @@ class Stack:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._cleanup.__aexit__(kind, error, trace)
+
+    async def ended(self) -> str:
+        """Returns when one of the servers has ended by itself, with its name, exit code and last words."""
+        servers = [*self.mongo.members, self.nats]
+        waits = [asyncio.create_task(server.wait()) for server in servers]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        server = next(server for server in servers if server.returncode is not None)
+        return f"{server.name} ended with {server.returncode}. Its last words:\n{server.log_tail()}"
 
     async def _start_mongo(self) -> None:
         self.mongo = await start_replica_set(

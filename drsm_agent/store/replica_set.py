@@ -8,11 +8,14 @@ from typing import Any, TypeVar
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo.errors import PyMongoError
 
+from drsm_agent.store.faults import reason
+
 READY_SECONDS = 60.0
 POLL_SECONDS = 0.02
 SELECTION_MS = 500  # what is waited for here comes soon, so the driver shall look again soon
 HEARTBEATS_PER_ELECTION_TIMEOUT = 5
 PRIMARY, SECONDARY = 1, 2  # member states of replSetGetStatus
+ALREADY_INITIALIZED = 23
 
 T = TypeVar("T")
 Client = AsyncIOMotorClient[dict[str, Any]]
@@ -28,6 +31,35 @@ async def initiate(hosts: Sequence[str], name: str, election_timeout_ms: int) ->
     }
     async with _client(f"mongodb://{hosts[0]}/?directConnection=true") as client:
         await client.admin.command("replSetInitiate", {"_id": name, "members": members, "settings": settings})
+
+
+async def ensure(hosts: Sequence[str], name: str, election_timeout_ms: int, timeout: float) -> str:
+    """Have the mongods at these `host:port` be one replica set with a primary, and say which that is.
+
+    They may still be starting, or be one already; then a member may be down. Raises TimeoutError, or
+    ValueError when they are one with other members.
+    """
+    async with _client(f"mongodb://{','.join(hosts)}/?replicaSet={name}") as client:
+
+        async def led() -> dict[str, Any] | None:
+            formed, hello = await asyncio.gather(
+                initiate(hosts, name, election_timeout_ms),
+                client.admin.command("hello"),
+                return_exceptions=True,
+            )
+            if isinstance(hello, dict):  # it is a set, whichever member is down
+                return hello if hello.get("isWritablePrimary") else None
+            if isinstance(formed, BaseException) and getattr(formed, "code", None) != ALREADY_INITIALIZED:
+                raise formed  # also while another member cannot be reached yet
+            raise hello
+
+        hello = await _until(led, timeout, f"{', '.join(hosts)} to be the replica set {name} with a primary")
+    if set(hello["hosts"]) != set(hosts):
+        raise ValueError(
+            f"Expected the replica set {name} to have the members {', '.join(hosts)}, found "
+            f"{', '.join(sorted(hello['hosts']))}: name these, or change the set (rs.reconfig() in mongosh)"
+        )
+    return str(hello["me"])
 
 
 async def await_primary(url: str, timeout: float = READY_SECONDS) -> str:
@@ -65,7 +97,8 @@ async def _until(probe: Callable[[], Awaitable[T | None]], timeout: float, what:
                     last = error
                 await asyncio.sleep(POLL_SECONDS)
     except TimeoutError:
-        raise TimeoutError(f"Waited {timeout:g} s in vain for {what}. The last error: {last}") from last
+        told = reason(last) if last is not None else "none"
+        raise TimeoutError(f"Waited {timeout:.3g} s in vain for {what}. The last error: {told}") from last
 
 
 @asynccontextmanager

@@ -14,6 +14,8 @@ from drsm_sdk.wire.subjects import valid_pool_name
 
 WIRE_VERSION = 1
 CONTENT_TYPE = "application/msgpack"
+SUMMARY_HEADER = "Drsm-Summary"
+"""On every event: it as one readable line."""
 ACQUIRE_COUNT_MAX = 256
 """Chunks one request may ask for: a quarter of a million ids, one bulk write, an answer of 8 KiB."""
 CHUNKS_PER_EVENT = 1000
@@ -478,11 +480,17 @@ def summary(head: EventHead, body: EventBody) -> str:
             said = f"sync {pods} pods, {chunks} chunks, checksum {checksum:016x}"
         case Reset(reason):
             said = f"reset: {reason}"
-    return _UNPRINTABLE.sub("?", f"{head.pool} {said}")[:200]  # names of Go pods may be anything
+    return printable(f"{head.pool} {said}")[:200]
+
+
+def printable(text: object) -> str:
+    """Names of Go pods may be anything, and so may strangers' messages: ASCII of it that commands neither a
+    header nor a terminal."""
+    return _UNPRINTABLE.sub("?", str(text))
 
 
 def _named(pod: OwnerRef) -> str:
-    return f"{pod.name}/{pod.incarnation >> 32}.{pod.incarnation & 0xFFFFFFFF}"
+    return f"{pod.name}:{pod.incarnation}"  # as the `_id` of its session in MongoDB
 
 
 def _numbers(chunks: tuple[int, ...]) -> str:

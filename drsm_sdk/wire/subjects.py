@@ -70,6 +70,11 @@ class Subjects:
         """What a consumer of one pool subscribes to."""
         return f"{self.prefix}.evt.{_checked(pool)}.>"
 
+    @property
+    def all_events(self) -> str:
+        """What an operator subscribes to who watches every pool."""
+        return f"{self.prefix}.evt.>"
+
     def route(self, subject: str) -> Route | None:
         """The request a subject stands for, or None for one that the protocol does not know."""
         head = f"{self.prefix}.rpc."
@@ -83,6 +88,13 @@ class Subjects:
             case ["agent", "probe"]:
                 return Route("probe")
         return None
+
+    def ours(self, subject: str) -> bool:
+        """Whether a subject is one of this domain's: nobody is answered there, and no stranger speaks there
+        through the agent."""
+        ours = f"{self.prefix}.rpc.", f"{self.prefix}.evt."
+        # In whatever case: of what the server refuses it is told in lower case.
+        return subject.lower().startswith(tuple(head.lower() for head in ours))
 
     def event_verb(self, subject: str) -> str:
         """The verb of an event's subject: what follows `<prefix>.evt.<pool>.`."""

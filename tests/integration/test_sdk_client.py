@@ -109,7 +109,7 @@ async def test_waiting_callers_share_one_request(agent: FakeAgent, connect: Conn
 async def test_an_exhausted_pool_is_an_error_at_once_by_the_agents_verdict(
     agent: FakeAgent, connect: Connect
 ) -> None:
-    agent.capacity = 1
+    agent.table.capacity = 1
     async with connect() as drsm:
         pool = await drsm.join(POOL)
         ids = [await pool.allocate() for _ in range(9)]  # id 0 is never issued
@@ -125,7 +125,7 @@ async def test_an_exhausted_pool_is_an_error_at_once_by_the_agents_verdict(
 
 async def test_joining_an_exhausted_pool_succeeds(agent: FakeAgent, connect: Connect) -> None:
     """The pod can still be given dead pods' chunks."""
-    agent.capacity = 0
+    agent.table.capacity = 0
     async with connect() as drsm:
         pool = await drsm.join(POOL)
         assert pool.stats.chunks == 0
@@ -256,7 +256,7 @@ async def test_an_answer_to_an_early_renewal_counts_from_its_own_sending(
         await drsm.join(POOL)
         leases = drsm._session.life.leases if drsm._session.life else None
         assert leases is not None
-        agent.durations = (3_000, 1_000_000, 50)
+        agent.timing = replace(agent.timing, allocation=1000.0)
         agent.script = lambda verb, body: SILENCE
         await asyncio.sleep(0.2)
         until = leases.allocation_until
@@ -275,7 +275,7 @@ async def test_answers_of_a_lower_term_than_seen_are_dropped(agent: FakeAgent, c
         agent.stamp = new
         await eventually(lambda: drsm._rpc.term == 5)
         agent.stamp = old
-        agent.capacity = 0
+        agent.table.capacity = 0
         with pytest.raises((AgentUnavailable, PoolEmpty)):  # and not PoolExhausted
             await drain(pool, 0.5)
 
@@ -292,7 +292,7 @@ async def test_a_verdict_ends_issuing_tells_the_ids_and_leads_to_a_new_session(
         ids = [pool.allocate_nowait() for _ in range(3)]
         first = drsm.incarnation
         assert first is not None
-        agent.lost[first] = "expired"
+        agent.ended[first] = "expired"
         told = await next_of(reader, changes.SessionLost)
         assert (told.reason, told.issued) == ("expired", changes.ranges(ids))
         assert not pool.valid(ids[0])
@@ -310,7 +310,7 @@ async def test_a_pod_that_hears_of_its_own_death_stops_at_once(agent: FakeAgent,
         pool = await drsm.join(POOL)
         assert drsm.incarnation is not None
         agent.script = lambda verb, body: SILENCE
-        await agent.event(wire.PodDown(agent.sessions[drsm.incarnation], "superseded"))
+        await agent.event(wire.PodDown(agent.sessions[drsm.incarnation].owner, "superseded"))
         await eventually(lambda: drsm.state == "lost")
         with pytest.raises(SessionLost, match="superseded"):
             pool.allocate_nowait()
@@ -325,7 +325,7 @@ async def test_a_pod_whose_chunk_was_claimed_by_another_stops_at_once(
         pool = await drsm.join(POOL)
         n = pool.allocate_nowait() >> 4
         agent.script = lambda verb, body: SILENCE
-        await agent.claim(OTHER, n, hold_ms=1000)
+        await agent.move(OTHER, n, hold_ms=1000)
         await eventually(lambda: drsm.state == "lost")
         with pytest.raises(SessionLost, match="other"):
             pool.allocate_nowait()
@@ -336,7 +336,7 @@ async def test_after_superseded_a_pod_is_slower_to_come_back(agent: FakeAgent, c
     async with connect() as drsm:
         await drsm.join(POOL)
         assert drsm.incarnation is not None
-        agent.lost[drsm.incarnation] = "superseded"
+        agent.ended[drsm.incarnation] = "superseded"
         await eventually(lambda: drsm.state == "lost")
         await asyncio.sleep(0.6)
         assert len(agent.asked("session.open")) == 1
@@ -350,7 +350,7 @@ async def claimed_chunk(agent: FakeAgent, drsm: Drsm, n: int = 50, hold_ms: int 
     assert drsm.incarnation is not None
     agent.put(OTHER, n)
     await agent.sync()
-    await agent.claim(agent.sessions[drsm.incarnation], n, hold_ms=hold_ms)
+    await agent.move(agent.sessions[drsm.incarnation].owner, n, hold_ms=hold_ms)
 
 
 async def test_a_claimed_chunk_is_scanned_after_its_hold_and_then_issued_from(
@@ -437,7 +437,7 @@ async def test_a_claim_that_was_not_heard_is_found_by_comparing(agent: FakeAgent
         pool = await drsm.join(POOL, in_use=lambda first, last: [])
         reader = pool.changes()
         assert drsm.incarnation is not None
-        agent.put(agent.sessions[drsm.incarnation], 60, hold_ms=300)
+        agent.put(agent.sessions[drsm.incarnation].owner, 60, hold_ms=300)
         gained = await next_of(reader, changes.Gained, 60)
         assert (gained.marked, gained.hold) == (True, 0.3)
         assert (await next_of(reader, changes.Scanned)).chunk == 60
@@ -451,9 +451,9 @@ async def test_a_chunk_that_the_agent_does_not_list_is_dropped_and_told(
         reader = pool.changes()
         id_ = pool.allocate_nowait()
         await agent.until_asked("acquire", 2)
-        agent.capacity = 0
+        agent.table.capacity = 0
         del agent.chunks[id_ >> 4]
-        agent.version += 1
+        agent.table.version += 1
         lost = await next_of(reader, changes.Lost)
         assert lost.chunks == (id_ >> 4,)
         assert lost.issued == ((id_, id_),)
@@ -469,7 +469,7 @@ async def test_a_list_that_is_older_than_the_newest_chunks_is_not_followed(
         await eventually(lambda: pool.stats.chunks == 2)
         agent.script = only("session.chunks", wire.SessionChunks((), {POOL: (1, 0)}))
         assert drsm.incarnation is not None
-        agent.put(agent.sessions[drsm.incarnation], 60)
+        agent.put(agent.sessions[drsm.incarnation].owner, 60)
         await agent.until_asked("session.chunks", 2)
         assert pool.stats.chunks == 2
 
@@ -524,7 +524,7 @@ async def test_chunks_that_stayed_empty_go_back_by_themselves(
         held = pool.stats.chunks
         clock.skipped += 2.0
         await asyncio.sleep(0.3)
-        agent.durations = (10**6, 10**6, 50)
+        agent.timing = replace(agent.timing, liveness=1000.0, allocation=1000.0)
         await asyncio.sleep(0.3)
         clock.skipped += 600.0
         await agent.until_asked("release")

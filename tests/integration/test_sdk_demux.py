@@ -18,7 +18,7 @@ Connect = Callable[..., Demux]
 @pytest.fixture
 async def agent(nats_url: str, prefix: str) -> AsyncIterator[FakeAgent]:
     async with fake_agent(nats_url, prefix) as agent:
-        agent.live |= {OTHER, THIRD}
+        agent.table.live.update({OTHER: None, THIRD: None})
         agent.put(OTHER, 1, 2)
         yield agent
 
@@ -88,7 +88,7 @@ async def test_a_wrong_table_at_the_right_version_is_healed(agent: FakeAgent, co
 async def test_a_reset_is_followed_into_the_new_history(agent: FakeAgent, connect: Connect) -> None:
     """The database went back: versions may be lower than before."""
     async with connect() as demux:
-        agent.version = 0
+        agent.table.version = 0
         del agent.chunks[2]
         await agent.reset("h2")
         await eventually(lambda: name(demux, 2) is None)
@@ -154,7 +154,7 @@ async def test_connecting_without_an_agent_says_so(nats_url: str, prefix: str) -
 
 
 async def test_an_unknown_pool_is_a_bad_request(agent: FakeAgent, connect: Connect) -> None:
-    agent.script = lambda verb, body: agent.unknown()
+    agent.script = lambda verb, body: wire.Failure("unknown_pool", "no such pool")
     with pytest.raises(BadRequest, match="no such pool"):
         async with connect(timeout=60.0):
             pass

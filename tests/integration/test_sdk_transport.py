@@ -4,12 +4,14 @@ import asyncio
 import signal
 import ssl
 from collections.abc import AsyncIterator
+from functools import partial
 
 import pytest
 
 from drsm_agent.embedded import NatsServer, Scratch, start_nats_server
 from drsm_sdk.nats_transport import NatsTransport
 from drsm_sdk.transport import Message, NoAnswer, NoResponders, NotConnected, TooLarge
+from tests.harness import raw, unreadable
 from tests.sdk.fake_agent import eventually
 
 
@@ -138,6 +140,19 @@ async def test_a_failing_callback_does_not_end_the_others(server: NatsServer) ->
     await transport.publish("echo", b"bad")
     await transport.publish("echo", b"good")
     await eventually(lambda: heard == [b"good"])
+    await transport.close()
+
+
+async def test_messages_that_cannot_be_read_do_not_end_the_connection(server: NatsServer) -> None:
+    """A single one, from anybody, ends nats-py's read loop: it hears nothing until pings time out."""
+    transport = NatsTransport(server.url)
+    await transport.connect(5.0)
+    heard = await echo(transport)
+    for count, packet in enumerate(unreadable("echo").values(), start=1):
+        await raw(server.url, packet)
+        await transport.publish("echo", b"good")
+        await eventually(partial(lambda wanted: heard.count(b"good") == wanted, count), 1.0)
+    assert transport.epoch == 1
     await transport.close()
 
 

@@ -57,6 +57,7 @@ async def refused(domain: Domain, **changed: str) -> str:
 MISTAKES = {
     "pool definition": ({"DRSM_POOLS": '[{"name": "amfid", "bits": 4}]'}, "bits: expected 10..64, got 4"),
     "pool name": ({"DRSM_POOLS": '[{"name": "drsm_x"}]'}, "name: expected"),
+    "not of NATS": ({"DRSM_NATS_URL": "http://u:secret@nats:4222"}, "expected URLs such as nats://host:4222"),
     "unknown field": ({"DRSM_POOLS": '[{"name": "amfid", "bit": 24}]'}, "DRSM_POOLS[0].bit"),
     "two pools of one name": ({"DRSM_POOLS": '[{"name": "a"}, {"name": "a"}]'}, "each name once"),
     "no pool": ({"DRSM_POOLS": "[]"}, "expected at least one pool, for example"),
@@ -110,6 +111,12 @@ async def test_other_definitions_than_the_stored_ones_are_refused_showing_both(d
     said = await refused(domain, DRSM_LIVENESS_TTL="4")
     assert "3000" in said
     assert "4000" in said
+
+
+async def test_another_subject_prefix_on_the_same_database_is_refused(domain: Domain) -> None:
+    """Such an agent would take over the lead, and answer on subjects where nobody asks."""
+    async with domain.agent():
+        assert "subject_prefix" in await refused(domain, DRSM_SUBJECT_PREFIX=f"{domain.prefix}x")
 
 
 async def test_a_higher_revision_changes_what_is_stored(domain: Domain) -> None:

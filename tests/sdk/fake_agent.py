@@ -1,21 +1,24 @@
-"""A small scripted agent on a real NATS server: it answers as the protocol says, unless told otherwise."""
+"""The agent of `drsm_sdk.testing` on a real NATS server, scripted: it answers as the protocol says, unless a
+test tells otherwise. It does nothing by itself: no sessions expire, nothing is claimed, no `sync` is sent."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from drsm_sdk.ambient import boottime
+from drsm_sdk.ambient import Chance, boottime
+from drsm_sdk.testing.agent import Agent, Refused, Timing
+from drsm_sdk.testing.tables import Row, Table
 from drsm_sdk.wire import codec
 from drsm_sdk.wire import messages as wire
-from drsm_sdk.wire.checksum import MODULUS, holding, ownership
 from drsm_sdk.wire.definition import Definition
-from drsm_sdk.wire.subjects import Subjects
+from drsm_sdk.wire.subjects import Route, Subjects
 
 POOL = "amfid"
 OTHER = wire.OwnerRef("other", "10.0.0.9", "o", 1)
@@ -38,39 +41,38 @@ class SkippingClock:
         return boottime() + self.skipped
 
 
-@dataclass(slots=True)
-class Row:
-    owner: wire.OwnerRef
-    grant: str
-    hold_ms: int | None = None
-
-
-class FakeAgent:
-    """One pool, kept in memory. `script` may answer a request in place of the agent: with a message, a
+class FakeAgent(Agent):
+    """One pool. `script` may answer a request in place of the agent: with a message, several in a list, a
     Failure, SILENCE, or None for "as usual"."""
 
     def __init__(self, client: Client, subjects: Subjects, definition: Definition) -> None:
-        self.client, self.subjects, self.definition = client, subjects, definition
-        self.stamp = wire.Stamp("fake", 1, "h1")
-        self.chunks: dict[int, Row] = {}
-        self.sessions: dict[int, wire.OwnerRef] = {}
-        self.by_request: dict[str, int] = {}
-        self.granted: dict[str, list[int]] = {}
-        self.live: set[wire.OwnerRef] = set()
-        self.lost: dict[int, str] = {}
-        self.version = 1
-        self.capacity = definition.capacity
-        self.durations = (3_000, 300_000, 50)
+        super().__init__(
+            subjects,
+            [definition],
+            lambda subject, data, headers: self._outbox.append((subject, data, dict(headers))),
+            timing=Timing(hold=0.0, liveness=3.0, allocation=300.0, renew=0.05),
+            clock=boottime,
+            chance=Chance(),
+        )
+        self.lead()
+        self.client, self.definition = client, definition
         self.give_back: dict[str, int] = {}
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.script: Script = lambda verb, body: None
         self.news = asyncio.Event()
-        self._grants = 0
-        self._incarnations = 0
+        self._outbox: deque[tuple[str, bytes, dict[str, str]]] = deque()
+
+    @property
+    def table(self) -> Table:
+        return self.tables[POOL]
+
+    @property
+    def chunks(self) -> dict[int, Row]:
+        return self.table.rows
 
     # --- requests -------------------------------------------------------------------------------
 
-    async def serve(self, msg: Msg) -> None:
+    async def hear(self, msg: Msg) -> None:
         route = self.subjects.route(msg.subject)
         assert route is not None
         body = codec.decode(msg.data)
@@ -80,182 +82,63 @@ class FakeAgent:
         if answer is SILENCE:
             return
         if answer is None:
-            answer = await self.answer(route.verb, body)
-        await self.reply(msg, answer)
-
-    async def reply(self, msg: Msg, answer: Any) -> None:
-        stamp = codec.to_map(self.stamp)
+            answer = self._usual(route, body)
+        await self._send_events()
         for part in answer if isinstance(answer, list) else [answer]:
-            if part == b"":
-                await self.client.publish(msg.reply, b"")
-                continue
-            headers = {"Content-Type": wire.CONTENT_TYPE}
-            if isinstance(part, wire.Failure):
-                headers |= {wire.ERROR_CODE_HEADER: str(part.code), wire.ERROR_HEADER: part.message}
-            data = codec.encode(stamp | codec.to_map(part))
-            await self.client.publish(msg.reply, data, headers=headers)
+            data, headers = self.packed(part)
+            await self.client.publish(msg.reply, data, headers=headers or None)
 
-    async def answer(self, verb: str, body: dict[str, Any]) -> Any:  # noqa: C901, PLR0911
-        incarnation = body.get("incarnation")
-        if incarnation in self.lost and verb != "session.close":
-            return wire.Failure("session_lost", "over", self.lost[incarnation])
-        match verb:
-            case "session.open":
-                return self.open(codec.from_map(wire.Open, body))
-            case "session.join":
-                return wire.Joined((self.definition,)) if body["pools"] == [POOL] else self.unknown()
-            case "session.renew":
-                await self.activate(body["incarnation"])
-                return wire.Renewed(*self.durations, {POOL: self.held(body["incarnation"])}, self.give_back)
-            case "session.chunks":
-                return self.listed(body["incarnation"])
-            case "session.report":
-                return wire.Reported(len(body["chunks"]))
-            case "session.close":
-                return wire.Empty()
-            case "acquire":
-                return await self.acquire(codec.from_map(wire.Acquire, body))
-            case "release":
-                return await self.release(codec.from_map(wire.ChunkList, body))
-            case "scanned":
-                return await self.scanned(codec.from_map(wire.ChunkList, body))
-            case "snapshot":
-                return [self.page(), b""]
-        raise AssertionError(verb)
+    def _usual(self, route: Route, body: dict[str, Any]) -> Any:
+        try:
+            return self.answer(route, body)
+        except Refused as refused:
+            return refused.failure
 
-    def open(self, request: wire.Open) -> Any:
-        if any(pool != POOL for pool in request.pools):
-            return self.unknown()
-        incarnation = self.by_request.get(request.request_id)
-        if incarnation is None:
-            self._incarnations += 1
-            incarnation = self.by_request[request.request_id] = self.stamp.term << 32 | self._incarnations
-            pod = request.pod
-            self.sessions[incarnation] = wire.OwnerRef(pod.name, pod.ip, pod.instance, incarnation)
-        return wire.Opened(incarnation, (self.definition,) if request.pools else (), *self.durations)
-
-    def unknown(self) -> wire.Failure:
-        return wire.Failure("unknown_pool", "no such pool")
-
-    async def activate(self, incarnation: int) -> None:
-        owner = self.sessions[incarnation]
-        if owner not in self.live:
-            self.live.add(owner)
-            await self.event(wire.PodUp(owner))
-
-    async def acquire(self, request: wire.Acquire) -> Any:
-        numbers = self.granted.get(request.request_id)
-        if numbers is None:
-            free = [n for n in range(self.capacity) if n not in self.chunks][: request.count]
-            if not free:
-                return wire.Failure("pool_exhausted", "not one chunk is free")
-            numbers = self.granted[request.request_id] = free
-            await self.give(self.sessions[request.incarnation], *free)
-        return wire.Acquired(tuple((n, self.chunks[n].grant) for n in numbers), (self.version, 0))
-
-    async def release(self, request: wire.ChunkList) -> Any:
-        released = []
-        for n, grant in request.chunks:
-            row = self.chunks.get(n)
-            if row is not None and row.grant == grant:
-                del self.chunks[n]
-                await self.event(wire.ChunkReleased(row.owner, (n,)))
-            released.append(n)
-        return wire.Released(tuple(released))
-
-    async def scanned(self, request: wire.ChunkList) -> Any:
-        cleared = [n for n, grant in request.chunks if n in self.chunks and self.chunks[n].grant == grant]
-        for n in cleared:
-            self.chunks[n].hold_ms = None
-            await self.event(wire.ChunkScanned(self.chunks[n].owner, (n,)))
-        return wire.Cleared(tuple(cleared))
+    def renew(self, request: wire.Renew) -> wire.Renewed:
+        return replace(super().renew(request), give_back=self.give_back)
 
     # --- what happens ---------------------------------------------------------------------------
-
-    def grant(self) -> str:
-        self._grants += 1
-        return f"{self._grants:016x}"
 
     def put(self, owner: wire.OwnerRef, *numbers: int, hold_ms: int | None = None) -> None:
         """Without telling anybody, but as a change that has a version."""
         for n in numbers:
-            self.chunks[n] = Row(owner, self.grant(), hold_ms)
-        self.version += 1
+            self.chunks[n] = Row(owner, Chance().token(), hold_ms)
+        self.table.version += 1
 
     async def give(self, owner: wire.OwnerRef, *numbers: int) -> None:
-        for n in numbers:
-            self.chunks[n] = Row(owner, self.grant())
-        await self.event(wire.ChunkAllocated(owner, numbers))
+        self.allocate(self.table, owner, numbers)
+        await self._send_events()
 
-    async def claim(self, owner: wire.OwnerRef, *numbers: int, hold_ms: int) -> None:
-        previous = self.chunks[numbers[0]].owner
-        for n in numbers:
-            self.chunks[n] = Row(owner, self.grant(), hold_ms)
-        grants = tuple(self.chunks[n].grant for n in numbers)
-        await self.event(wire.ChunkClaimed(owner, previous, numbers, grants, hold_ms))
+    async def move(self, owner: wire.OwnerRef, *numbers: int, hold_ms: int) -> None:
+        self.claim(self.table, owner, numbers, hold_ms)
+        await self._send_events()
 
-    async def event(self, body: wire.EventBody, *, lost: bool = False) -> wire.EventHead:
-        self.version += 1
-        head = self.head(prev=self.version - 1)
-        if not lost:
-            await self.publish(head, body)
-        return head
+    async def event(self, body: wire.EventBody, *, lost: bool = False) -> None:
+        self.announce(self.table, body)
+        if lost:
+            self._outbox.pop()
+        await self._send_events()
 
     async def sync(self) -> None:
-        said = sum(ownership(n, row.owner.name, row.owner.incarnation) for n, row in self.chunks.items())
-        await self.publish(
-            self.head(prev=self.version), wire.Sync(len(self.live), len(self.chunks), said % MODULUS)
-        )
+        self.confirm()
+        await self._send_events()
 
     async def reset(self, history: str) -> None:
         self.stamp = replace(self.stamp, history=history, term=self.stamp.term + 1)
         await self.event(wire.Reset("restored"))
 
-    def head(self, *, prev: int) -> wire.EventHead:
-        stamp = self.stamp
-        return wire.EventHead(POOL, (self.version, 0), (prev, 0), stamp.agent, stamp.term, stamp.history, 0)
-
-    async def publish(self, head: wire.EventHead, body: wire.EventBody) -> None:
-        subject = self.subjects.event(POOL, wire.EVENT_VERBS[type(body)])
-        await self.client.publish(subject, codec.encode(codec.to_map(head) | codec.to_map(body)))
+    async def _send_events(self) -> None:
+        if not self._outbox:
+            return
+        while self._outbox:
+            subject, data, headers = self._outbox.popleft()
+            await self.client.publish(subject, data, headers=headers)
         await self.client.flush()
 
-    # --- what is ----------------------------------------------------------------------------------
-
-    def owned(self, incarnation: int) -> dict[int, Row]:
-        return {n: row for n, row in self.chunks.items() if row.owner.incarnation == incarnation}
-
-    def held(self, incarnation: int) -> tuple[int, int]:
-        owned = self.owned(incarnation)
-        said = sum(holding(n, row.grant, marked=row.hold_ms is not None) for n, row in owned.items())
-        return len(owned), said % MODULUS
-
-    def listed(self, incarnation: int) -> wire.SessionChunks:
-        rows = self.owned(incarnation).items()
-        return wire.SessionChunks(
-            tuple((POOL, n, row.grant, row.hold_ms) for n, row in rows), {POOL: (self.version, 0)}
-        )
+    # --- for tests --------------------------------------------------------------------------------
 
     def page(self) -> wire.SnapshotPage:
-        owners = [
-            *self.live,
-            *{row.owner: None for row in self.chunks.values() if row.owner not in self.live},
-        ]
-        return wire.SnapshotPage(
-            version=(self.version, 0),
-            page=0,
-            owners=tuple(
-                wire.SnapshotOwner(
-                    o.name, o.ip, o.instance, o.incarnation, "live" if o in self.live else "down"
-                )
-                for o in owners
-            ),
-            chunks=tuple((owners.index(row.owner), (n,)) for n, row in self.chunks.items()),
-            definition=self.definition,
-            last=True,
-        )
-
-    # --- for tests --------------------------------------------------------------------------------
+        return self.snapshot(self.table)
 
     def asked(self, verb: str) -> list[dict[str, Any]]:
         return [body for said, body in self.requests if said == verb]
@@ -277,7 +160,7 @@ async def fake_agent(
         agent = FakeAgent(
             client, Subjects(prefix), definition or Definition(name=POOL, block_bits=4, slots=10)
         )
-        await client.subscribe(agent.subjects.all_requests, cb=agent.serve)
+        await client.subscribe(agent.subjects.all_requests, cb=agent.hear)
         await client.flush()
         yield agent
     finally:

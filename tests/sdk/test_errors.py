@@ -67,6 +67,23 @@ def test_a_pod_name_that_cannot_be_one_is_refused(name: str) -> None:
         Pod(name, "10.0.0.1", "i")
 
 
+@pytest.mark.parametrize("url", ["http://host:4222", "mongodb://host", "nats://", "", ["nats://a", "b://c"]])
+def test_a_url_that_is_none_of_nats_is_refused(url: str | list[str]) -> None:
+    with pytest.raises(BadRequest, match="expected a NATS URL such as nats://host:4222"):
+        Drsm.connect(url, Pod("amf-1", "", ""))
+
+
+def test_a_refused_url_is_shown_without_its_password() -> None:
+    with pytest.raises(BadRequest) as refused:
+        Demux.connect("http://user:secret@host:4222", "amfid")
+    assert "secret" not in str(refused.value)
+
+
+def test_an_option_that_nats_does_not_have_is_refused_by_name() -> None:
+    with pytest.raises(BadRequest, match="found pasword"):
+        Drsm.connect("nats://host", Pod("amf-1", "", ""), pasword="x", user="y")
+
+
 async def test_arguments_that_cannot_be_are_refused_before_connecting() -> None:
     with pytest.raises(BadRequest, match="prefix"):
         Drsm.connect("nats://127.0.0.1:1", POD, prefix="a b")

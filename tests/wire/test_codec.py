@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import tracemalloc
 import types
 import typing
 from collections.abc import Callable
@@ -181,6 +182,64 @@ def test_any_bytes_are_a_map_or_a_decode_error(data: bytes) -> None:
     assert (len(said) < ERROR_LENGTH_MAX, said.isprintable()) == (True, True)
 
 
+_BYTES = st.one_of(
+    st.binary(max_size=60),
+    st.binary(max_size=60).map(lambda data: b"{" + data),
+    _VALUES.map(msgpack.packb),
+    _SENDABLE.map(lambda value: json.dumps(value, default=repr).encode()),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=30)
+@given(
+    data=_BYTES
+    | _VALUES.map(msgpack.packb)
+    | _SENDABLE.map(lambda value: json.dumps(value, default=repr).encode())
+)
+def test_any_bytes_are_a_message_or_a_decode_error(kind: Any, data: bytes) -> None:
+    """Of every kind: bytes at random, any value that msgpack or JSON can say."""
+    said = refusal(lambda: unpack(kind, data), kind)
+    assert (len(said) < ERROR_LENGTH_MAX, said.isprintable()) == (True, True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=10)
+@given(data=st.data(), as_json=st.booleans())
+def test_a_message_in_part_is_a_decode_error(kind: Any, data: st.DataObject, as_json: bool) -> None:
+    """Cut off anywhere, or with anything after it; also when it has no fields."""
+    whole = encode(to_map(data.draw(built(kind))), as_json=as_json)
+    part = whole[: data.draw(st.integers(1, len(whole) - 1))] if len(whole) > 1 else b"\x81"
+    for broken in (part, whole + b"\x00", whole + whole):
+        with pytest.raises(DecodeError):
+            unpack(kind, broken)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=20)
+@given(data=st.data(), as_json=st.booleans())
+def test_what_was_read_is_written_so_that_it_reads_the_same(
+    kind: Any, data: st.DataObject, as_json: bool
+) -> None:
+    """A message with one part replaced by anything: refused, or understood in one way only."""
+    body = to_map(data.draw(built(kind)))
+    for name in data.draw(st.sets(st.sampled_from(list(body) or [""]), max_size=1)):
+        body[name] = data.draw(_SENDABLE.filter(lambda value: not as_json or _is_json_value(value)))
+    try:
+        message = unpack(kind, encode(body, as_json=as_json))
+    except DecodeError:
+        return
+    assert unpack(kind, encode(to_map(message), as_json=as_json)) == message
+
+
+def _is_json_value(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=20)
 @given(data=st.data())
@@ -314,7 +373,8 @@ def test_an_id_is_a_number_or_an_address(id_: int | str, as_json: bool, read: in
 @pytest.mark.parametrize("id_", [-1, True, 1.5, None, [1]])
 def test_an_id_is_nothing_else(id_: Any) -> None:
     """What fits neither alternative is refused by the field's name."""
-    with pytest.raises(DecodeError, match=r"^id: expected"):
+    expected = r"^id: expected an integer from 0 to 2\*\*64-1 or text, found "
+    with pytest.raises(DecodeError, match=expected):
         unpack(m.OwnerQuery, encode({"id": id_}))
 
 
@@ -398,6 +458,35 @@ def test_deep_values_where_a_number_belongs_are_a_decode_error(depth: int, as_js
         value = [value]
     with pytest.raises(DecodeError, match=r"^accepted: expected an integer from 0 to 2\*\*64-1, found list$"):
         unpack(m.Reported, encode({"accepted": value}, as_json=as_json))
+
+
+@pytest.mark.parametrize("length", [3_000, 65_536, 1_000_000])
+@pytest.mark.parametrize(
+    "header", [b"\xdc%b", b"\xdd\0\0%b", b"\x81\xa1a\xdc%b", b"\xde%b\xa1a", b"\x92\xc0\xdc%b"]
+)
+def test_headers_that_claim_more_than_there_is_cost_neither_memory_nor_time(
+    header: bytes, length: int
+) -> None:
+    """On each of a thousand levels room for as many entries as the message has bytes: half a gigabyte for
+    64 KiB, and 0.1 s; the bounds here are far from both sides."""
+    claim = header % min(length - 1, 0xFFFF).to_bytes(2, "big")
+    nested = claim * min(500, length // len(claim) // 2)
+    data = nested + b"\x01" * (length - len(nested))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DecodeError):
+            decode(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * length + 100_000
+
+
+def test_json_is_utf8() -> None:
+    """Python's reader would also take other encodings, which no other client would."""
+    for encoding in ("utf-16-le", "utf-32-le"):
+        with pytest.raises(DecodeError):
+            decode('{"a":1}'.encode(encoding))
 
 
 def test_extension_types_are_no_values() -> None:

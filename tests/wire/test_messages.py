@@ -424,13 +424,22 @@ def test_a_missing_field_is_named(part: Any) -> None:
 @pytest.mark.parametrize(
     ("body", "line"),
     [
-        (EVENTS["pod.up"], "amfid pod up amf-1/7.5"),
-        (EVENTS["pod.down"], "amfid pod down amf-1/7.5 (expired)"),
-        (EVENTS["chunk.allocated"], "amfid allocated 2 chunks 3,4 to amf-1/7.5"),
-        (EVENTS["chunk.claimed"], "amfid claimed 2 chunks 3,4 by amf-2/7.6 from amf-go/0.0, hold 310000 ms"),
-        (m.ChunkScanned(AMF_2, (3,)), "amfid scanned chunk 3 by amf-2/7.6"),
-        (m.ChunkReleased(AMF_2, tuple(range(9))), "amfid released 9 chunks 0,1,2,3,4,5,6,7,.. by amf-2/7.6"),
-        (m.ChunkReleased(AMF_2, tuple(range(8))), "amfid released 8 chunks 0,1,2,3,4,5,6,7 by amf-2/7.6"),
+        (EVENTS["pod.up"], "amfid pod up amf-1:30064771077"),
+        (EVENTS["pod.down"], "amfid pod down amf-1:30064771077 (expired)"),
+        (EVENTS["chunk.allocated"], "amfid allocated 2 chunks 3,4 to amf-1:30064771077"),
+        (
+            EVENTS["chunk.claimed"],
+            "amfid claimed 2 chunks 3,4 by amf-2:30064771078 from amf-go:0, hold 310000 ms",
+        ),
+        (m.ChunkScanned(AMF_2, (3,)), "amfid scanned chunk 3 by amf-2:30064771078"),
+        (
+            m.ChunkReleased(AMF_2, tuple(range(9))),
+            "amfid released 9 chunks 0,1,2,3,4,5,6,7,.. by amf-2:30064771078",
+        ),
+        (
+            m.ChunkReleased(AMF_2, tuple(range(8))),
+            "amfid released 8 chunks 0,1,2,3,4,5,6,7 by amf-2:30064771078",
+        ),
         (m.Sync(2, 3, 255), "amfid sync 2 pods, 3 chunks, checksum 00000000000000ff"),
         (EVENTS["reset"], "amfid reset: position lost"),
     ],

@@ -179,3 +179,21 @@ def test_an_events_verb_is_read_from_its_subject(prefix: str, verb: str) -> None
     """Verbs of one token and of two."""
     subjects = Subjects(prefix)
     assert subjects.event_verb(subjects.event("amfid", verb)) == verb
+
+
+@pytest.mark.parametrize(
+    ("subject", "ours"),
+    [
+        ("drsm.rpc.pools", True),
+        ("drsm.evt.amfid.sync", True),
+        ("drsm.rpc", False),
+        ("drsm.other.x", False),
+        ("drsmx.rpc.pools", False),
+        ("x.drsm.rpc.pools", False),
+        ("_INBOX.drsm.rpc.x", False),
+        ("", False),
+    ],
+)
+def test_a_domains_own_subjects_are_known(subject: str, ours: bool) -> None:
+    """Those that it speaks and listens on, and no inbox."""
+    assert Subjects().ours(subject) is ours

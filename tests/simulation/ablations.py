@@ -1,0 +1,194 @@
+"""Safeguards, each with a way to switch it off: what the simulator must then find.
+
+A patch replaces one function by the same without its safeguard; everything else is as in production.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+from drsm_agent import reaper, requests
+from drsm_agent.core import election, writes
+from drsm_agent.core.documents import Document, chunk_key
+from drsm_agent.core.placement import hold_ms
+from drsm_agent.core.session import LivenessLeases
+from drsm_agent.errors import BusUnavailable
+from drsm_agent.lead import Lead
+from drsm_agent.leader import Leader
+from drsm_agent.relay import Relay
+from drsm_agent.requests import Requests
+from drsm_sdk import PoolEmpty
+from drsm_sdk.mirror import Mirror
+from drsm_sdk.pool import Pool
+from drsm_sdk.rpc import Rpc
+from tests.simulation.profiles import (
+    CLOCKS,
+    LAGGING,
+    LATE_ANSWERS,
+    LATE_WRITES,
+    LEADERS,
+    LOSSES,
+    PARTITIONS,
+    RECONNECTS,
+    SLOW_TO_SHOW,
+    STOPS,
+)
+from tests.simulation.world import Profile
+
+Patch = tuple[Any, str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Ablation:
+    """One safeguard: where it is written down, and the patches that take it out."""
+
+    name: str
+    rule: str
+    profile: Profile
+    patches: tuple[Patch, ...]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for target, attribute, value in self.patches:
+                stack.enter_context(patch.object(target, attribute, value))
+            yield
+
+
+# --- The pod ----------------------------------------------------------------------------------------
+
+_once = Rpc.once
+
+
+async def _counted_from_receipt(self: Rpc, *arguments: Any, **options: Any) -> Any:
+    return replace(await _once(self, *arguments, **options), sent=self.clock())
+
+
+def _without_second_check(self: Pool) -> int:
+    now = self._clock()
+    if now >= self._leases.issue_until:
+        raise self._session.refusal()
+    id_ = self._stock.take(now)
+    self._clock()  # read, and not heeded
+    supply = self._supply
+    if supply is not None and self._stock.free < supply.wanted:
+        supply.wake()
+    if id_ is None:
+        raise PoolEmpty(self.name)
+    return id_
+
+
+_apply = Mirror.apply
+
+
+def _without_gap_check(self: Mirror, head: Any, body: Any) -> Any:
+    return _apply(self, replace(head, prev=min(head.prev, self.version)), body)
+
+
+# --- The agent --------------------------------------------------------------------------------------
+
+
+def _whole(lease: float) -> float:
+    return lease
+
+
+def _without_usage_lag(orphan: Any, former: Any, allocation_ms: int, _usage_lag_ms: int) -> int:
+    return hold_ms(orphan, former, allocation_ms, 0)
+
+
+def _only_the_number(chunk: Any) -> Document:
+    return {"_id": chunk_key(chunk.n)}
+
+
+def _no_check(self: Lead) -> None:
+    """The lead is never asked for."""
+
+
+_full_leases = Leader._full_leases
+
+
+def _no_grace(self: Leader, table: Any) -> Any:
+    leases = _full_leases(self, table)
+    for key in leases._deadlines:
+        leases._deadlines[key] = self._parts.clock()
+    return leases
+
+
+def _death_without_term(pod: str, incarnation: int, reason: str, term: int) -> writes.Update:
+    guarded = _end_session(pod, incarnation, reason, term)
+    return replace(guarded, where={name: value for name, value in guarded.where.items() if name != "term"})
+
+
+_end_session = writes.end_session
+
+
+_session = Requests._session
+
+
+def _whatever_was_decided(self: Requests, pod: str, incarnation: int) -> Any:
+    with patch.object(LivenessLeases, "ending", lambda *_: ""):
+        return _session(self, pod, incarnation)
+
+
+async def _no_stamp(self: Leader, lead: Lead, relay: Relay) -> None:
+    await relay.barrier()
+
+
+async def _no_barrier(self: Leader, lead: Lead, relay: Relay) -> None:
+    await self._parts.store.write([writes.stamp_sessions(lead.term)])
+
+
+def _renewed_all_the_same(self: LivenessLeases, key: Any, until: float) -> bool:
+    self._deadlines[key] = max(until, self._deadlines.get(key, until))
+    return True
+
+
+async def _unconfirmed(self: Relay, send: Any) -> None:
+    self._lead.check()
+    with contextlib.suppress(BusUnavailable):
+        await send()
+
+
+ABLATIONS: tuple[Ablation, ...] = (
+    Ablation("leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),)),
+    Ablation(
+        "the holder's durations are not shortened",
+        "R1",
+        CLOCKS,
+        ((requests, "holder_duration", _whole), (election, "holder_duration", _whole)),
+    ),
+    Ablation(
+        "no second look at the lease after taking an id",
+        "R4",
+        STOPS,
+        ((Pool, "allocate_nowait", _without_second_check),),
+    ),
+    Ablation("a demux does not look for gaps", "G5", LOSSES, ((Mirror, "apply", _without_gap_check),)),
+    Ablation("a leader speaks without a lead", "R2", LEADERS, ((Lead, "check", _no_check),)),
+    Ablation("no grace after a change of leader", "R6", LEADERS, ((Leader, "_full_leases", _no_grace),)),
+    Ablation(
+        "a death is written whatever the term",
+        "R5",
+        LATE_WRITES,
+        ((writes, "end_session", _death_without_term),),
+    ),
+    Ablation("no stamp before answering", "R5", LEADERS, ((Leader, "_stamp", _no_stamp),)),
+    Ablation(
+        "answers before the table has passed the stamp", "R6", LAGGING, ((Leader, "_stamp", _no_barrier),)
+    ),
+    Ablation(
+        "a renewal counts after death was decided",
+        "R2",
+        LATE_WRITES,
+        ((LivenessLeases, "extend", _renewed_all_the_same), (Requests, "_session", _whatever_was_decided)),
+    ),
+    Ablation("no hold", "4", PARTITIONS, ((reaper, "hold_ms", lambda *_: 0),)),
+    Ablation("events are not confirmed", "G4", RECONNECTS, ((Relay, "_delivered", _unconfirmed),)),
+    Ablation("a hold without W", "section 4", SLOW_TO_SHOW, ((reaper, "hold_ms", _without_usage_lag),)),
+    Ablation(
+        "claims do not look at the owner", "G2", LATE_WRITES, ((writes, "_chunk_guard", _only_the_number),)
+    ),
+)

@@ -1,0 +1,150 @@
+"""MongoDB, simulated: the store's twin with the faults of a replica set.
+
+What is simulated is what a majority sees: a write takes effect at one moment, its answer comes later or
+never, and one whose answer never comes may have taken effect, may not have, or may still do so. Elections
+make everything wait. Changes of one bulk write may share their clusterTime. Each agent has a view with a
+line of its own, which can be cut.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from drsm_agent.core.documents import Document
+from drsm_agent.core.table import Change
+from drsm_agent.core.writes import Outcome, Write
+from drsm_agent.errors import StoreUnavailable
+from drsm_agent.ports import Batch, Snapshot
+from drsm_agent.store.memory import MemoryStore
+from tests.simulation.loop import Node
+
+LAG_MOST = 3.0
+LATE = 10.0
+"""Seconds after which a write whose client has given it up may still take effect."""
+PATIENCE = 3.0
+"""Seconds after which the driver gives an operation up, as `store.mongo` tells it to."""
+
+
+class Database(MemoryStore):
+    """The replica set. `changed` sees every change as it becomes visible to a majority."""
+
+    def __init__(self, pools: Iterable[str], node: Node, chance: random.Random) -> None:
+        super().__init__(pools)
+        self.node, self.chance = node, chance
+        self.changed: Callable[[Change], None] = lambda change: None
+        self.ties = 0.3
+        self.fates: tuple[str, ...] = ("done", "lost", "late")
+        """What may become of a write whose answer never comes."""
+        self.lag = 0.0
+        """Probability that a batch of the change stream comes late."""
+        self.doubt = 0.0
+        """Probability that a write's answer never comes."""
+        self.available = asyncio.Event()
+        self.available.set()
+        self.calm = False
+        self._in_bulk = False
+
+    def elect(self, seconds: float) -> None:
+        """No primary for a while."""
+        self.available.clear()
+        self.node.later(seconds, self.available.set)
+
+    def delay(self) -> float:
+        return 0.001 if self.calm else min(self.chance.expovariate(1 / 0.003), 0.5)
+
+    async def apply(self, writes: Sequence[Write]) -> Outcome:
+        self._in_bulk = False
+        return await super().write(writes)
+
+    def document(self, space: str, key: str) -> Document | None:
+        """What a majority has, at once."""
+        return self._spaces[space].get(key)
+
+    def documents(self, space: str) -> list[Document]:
+        return self._documents(space)
+
+    def _change(self, space: str, key: str, **what: Any) -> None:
+        if self._in_bulk and not self.calm and self.chance.random() < self.ties:
+            self._now -= 1
+        self._in_bulk = True
+        super()._change(space, key, **what)
+        entry = self._oplog[-1]
+        if isinstance(entry, Change):
+            self.changed(entry)
+
+    async def _reach(self) -> None:
+        """Delays and faults are the views'; here everything happens at one moment."""
+
+
+class View:
+    """One agent's way to the database: the `Store` port."""
+
+    def __init__(self, database: Database, node: Node) -> None:
+        self._database, self.node = database, node
+        self.cut = False
+
+    async def write(self, writes: Sequence[Write]) -> Outcome:
+        await self._way()
+        database = self._database
+        if not database.calm and database.chance.random() < database.doubt:
+            await self._write_in_doubt(writes)
+        outcome = await database.apply(writes)
+        await self._way_back()
+        return outcome
+
+    async def read(self, space: str) -> list[Document]:
+        await self._way()
+        documents = await self._database.read(space)
+        await self._way_back()
+        return documents
+
+    async def snapshot(self) -> Snapshot:
+        await self._way()
+        snapshot = await self._database.snapshot()
+        await self._way_back()
+        return snapshot
+
+    async def changes(
+        self, *, after: int | None = None, token: str | None = None
+    ) -> AsyncGenerator[Batch, None]:
+        database = self._database
+        async with aclosing(database.changes(after=after, token=token)) as batches:
+            async for batch in batches:
+                await self._way()
+                if not database.calm and database.chance.random() < database.lag:
+                    await asyncio.sleep(database.chance.uniform(0, LAG_MOST))  # the majority is behind
+                yield batch
+
+    async def close(self) -> None:
+        return
+
+    async def _way(self) -> None:
+        """To the primary, as soon as there is one."""
+        await asyncio.sleep(self._database.delay())
+        try:
+            async with asyncio.timeout(PATIENCE):
+                while self.cut or not self._database.available.is_set():
+                    await self._database.available.wait()
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            raise StoreUnavailable("the database did not answer") from None
+
+    async def _way_back(self) -> None:
+        await asyncio.sleep(self._database.delay())
+        if self.cut:
+            await asyncio.sleep(PATIENCE)
+            raise StoreUnavailable("the answer did not come")
+
+    async def _write_in_doubt(self, writes: Sequence[Write]) -> None:
+        """No answer. It has taken effect, or not, or it will: the server goes on without the client."""
+        database = self._database
+        match database.chance.choice(database.fates):
+            case "done":
+                await database.apply(writes)
+            case "late":
+                delay = database.chance.uniform(0, LATE)
+                database.node.later(delay, lambda: database.node.start(database.apply(writes)))
+        await asyncio.sleep(database.chance.uniform(0, PATIENCE))
+        raise StoreUnavailable("the outcome of a write is unknown")

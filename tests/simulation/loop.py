@@ -1,0 +1,219 @@
+"""Virtual time: an event loop that jumps to whatever happens next, and nodes that can be frozen or killed.
+
+A node is a process of the simulated world. Every callback and every timer belongs to the node in whose
+context it was made, so a frozen node (SIGSTOP) does nothing until it is thawed, and a killed one (SIGKILL)
+does nothing ever again, in the middle of whatever it was about to do.
+"""
+
+import asyncio
+import heapq
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import Context, ContextVar, copy_context
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_NODE: "ContextVar[Node | None]" = ContextVar("node", default=None)
+
+
+class Stuck(Exception):
+    """Nothing is left to happen, but somebody still waits."""
+
+
+class Spinning(Exception):
+    """Somebody does things without end at one moment: a busy loop."""
+
+
+STEPS_AT_ONCE_MAX = 50_000
+
+
+class Node:
+    """One process. `start` runs something in it."""
+
+    def __init__(self, loop: "VirtualLoop", name: str) -> None:
+        self.name = name
+        self.dead = self.over = False
+        self._freezes = 0
+        self.tasks: dict[asyncio.Task[Any], None] = {}
+        self._roots: list[asyncio.Task[Any]] = []
+        self._loop = loop
+        self._held: list[asyncio.Handle] = []
+        self._context = copy_context()
+        self._context.run(_NODE.set, self)
+
+    @property
+    def context(self) -> Context:
+        return self._context.copy()
+
+    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = self._loop.create_task(work, context=self.context)
+        self._roots = [root for root in self._roots if not root.done()] + [task]
+        return task
+
+    def later(self, delay: float, call: Callable[..., object], *arguments: Any) -> None:
+        """Call something in this node after `delay` seconds; never if it is dead by then."""
+        self._loop.call_later(delay, call, *arguments, context=self.context)
+
+    @property
+    def stopped(self) -> bool:
+        return self._freezes > 0 or self.dead
+
+    def freeze(self) -> None:
+        """SIGSTOP. As often thawed as frozen, it goes on."""
+        self._freezes += 1
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        self._freezes -= 1
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if not self.stopped:
+            held, self._held = self._held, []
+            self._loop.put(held)
+
+    def kill(self) -> None:
+        """SIGKILL. The tasks stay, so that nothing of them runs, not even a `finally`, until `bury`."""
+        self.dead = True
+
+    def hold(self, handle: asyncio.Handle) -> None:
+        self._held.append(handle)
+
+    async def bury(self) -> None:
+        """At the very end: let go of the tasks of a dead node. Nobody hears what they do any more."""
+        self.dead, self._freezes, self.over = False, 0, True
+        for task in self._roots:
+            task.cancel()
+        self._go_on()
+        while self.tasks:
+            await asyncio.wait(list(self.tasks))
+
+
+class _Numbered:
+    """Objects whose place in a set depends on when they were made, not on where they lie in memory."""
+
+    _number: int
+
+    def __hash__(self) -> int:
+        return self._number
+
+
+class _Task(_Numbered, asyncio.Task):  # type: ignore[type-arg]
+    pass
+
+
+class _Future(_Numbered, asyncio.Future):  # type: ignore[type-arg]
+    pass
+
+
+class VirtualLoop(asyncio.BaseEventLoop):
+    """Takes no time of its own: when nothing is ready, it is at once as late as the next timer says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now = 0.0
+        self._numbers = 0
+        self.set_task_factory(self._make_task)
+        self.steps = 0
+        self._steps_before = 0
+
+    def time(self) -> float:
+        return self._now
+
+    def create_future(self) -> "asyncio.Future[Any]":
+        future = _Future(loop=self)
+        future._number = self._next()
+        return future
+
+    def put(self, handles: list[asyncio.Handle]) -> None:
+        """Back into the queue of what is ready."""
+        self._ready.extend(handles)  # type: ignore[attr-defined]
+
+    def stop_within(self, node: Node, seconds: float) -> None:
+        """SIGSTOP in the middle of what the node does just now, for `seconds`: everybody else goes on, and
+        then this returns."""
+        node.freeze()
+        until = self._now + seconds
+        task = asyncio.current_task(self)
+        if task is not None:
+            asyncio.tasks._leave_task(self, task)
+        try:
+            while self._now < until and not self._stopping:  # type: ignore[attr-defined]
+                self._run_once(until)
+        finally:
+            if task is not None:
+                asyncio.tasks._enter_task(self, task)
+            node.thaw()
+
+    def _next(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
+    def _make_task(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        work: "Coroutine[Any, Any, T] | Generator[Any, None, T]",
+        **options: Any,
+    ) -> "asyncio.Future[T]":
+        task = _Task.__new__(_Task)
+        task._number = self._next()
+        task.__init__(work, loop=loop, **options)  # type: ignore[misc]
+        context = options.get("context")
+        node = context.get(_NODE) if context is not None else _NODE.get()
+        if node is not None:
+            node.tasks[task] = None
+            task.add_done_callback(lambda done: node.tasks.pop(done, None))
+        return task
+
+    def _run_once(self, until: float = float("inf")) -> None:
+        ready, scheduled = self._ready, self._scheduled  # type: ignore[attr-defined]
+        while scheduled and scheduled[0]._cancelled:
+            heapq.heappop(scheduled)._scheduled = False
+        if not ready:
+            if not scheduled:
+                raise Stuck(f"nothing is left to happen at {self._now:.3f} s")
+            self._advance(min(scheduled[0]._when, until))
+        while scheduled and scheduled[0]._when <= self._now:
+            timer = heapq.heappop(scheduled)
+            timer._scheduled = False
+            ready.append(timer)
+        self._run_ready()
+
+    def _run_ready(self) -> None:
+        ready = self._ready  # type: ignore[attr-defined]
+        for _ in range(len(ready)):
+            if not ready:  # a node that was stopped in the middle has let the others go on meanwhile
+                return
+            handle = ready.popleft()
+            if handle._cancelled:
+                continue
+            node = handle._context.get(_NODE)
+            if node is None or not node.stopped:
+                self.steps += 1
+                handle._run()
+                if self.steps - self._steps_before > STEPS_AT_ONCE_MAX:
+                    raise Spinning(f"{self.steps - self._steps_before} steps at {self._now:.3f} s: {handle}")
+            else:
+                node.hold(handle)
+
+    def _advance(self, to: float) -> None:
+        if to > self._now:
+            self._now, self._steps_before = to, self.steps
+
+    def _process_events(self, event_list: Any) -> None:
+        """There is no selector."""
+
+    def _write_to_self(self) -> None:
+        """Nor another thread."""
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run until `work` is done; returns its result."""
+    loop = VirtualLoop()
+    try:
+        asyncio.set_event_loop(loop)
+        return loop.run_until_complete(work)
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+        asyncio.set_event_loop(None)

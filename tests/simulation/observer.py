@@ -1,0 +1,179 @@
+"""The all-knowing observer: what must hold after every step, and once everything has healed."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from drsm_agent.core.documents import DEAD
+from drsm_agent.core.table import Change
+from drsm_sdk.wire import checksum, codec
+from drsm_sdk.wire import messages as m
+from drsm_sdk.wire.subjects import Subjects
+from tests.simulation.database import Database
+from tests.simulation.network import Packet
+
+POOL = "amfid"
+Key = tuple[str, int]
+
+
+class Violation(AssertionError):
+    """A guarantee was broken."""
+
+
+@dataclass(slots=True)
+class Issue:
+    """An id that is issued: by whom, under which grant."""
+
+    owner: Key
+    grant: str
+
+
+@dataclass
+class Observer:
+    """Sees every write, every message at the server, and every id that is issued."""
+
+    database: Database
+    subjects: Subjects
+    clock: Any
+    block_bits: int
+    timeline: list[str] = field(default_factory=list)
+    in_use: dict[int, Issue] = field(default_factory=dict)
+    issued: int = 0
+    claims: int = 0
+    liveness_left: Callable[[int], float] = lambda incarnation: 0.0
+    """Seconds for which a living pod may still count on not being declared dead."""
+    _announced: set[tuple[int, str, int]] = field(default_factory=set)
+    _issuers: dict[int, list[tuple[Key, str]]] = field(default_factory=lambda: defaultdict(list))
+    _table: dict[int, Key] = field(default_factory=dict)
+    _sums: dict[int, set[tuple[int, int]]] = field(default_factory=lambda: defaultdict(set))
+    _sum: int = 0
+    _dead_at: dict[int, float] = field(default_factory=dict)
+    _expired: set[int] = field(default_factory=set)
+    _asked: dict[str, tuple[int, float, str]] = field(default_factory=dict)
+    _versions: dict[str, tuple[str, m.Version]] = field(default_factory=dict)
+
+    def note(self, who: str, what: str) -> None:
+        self.timeline.append(f"{self.clock():9.3f}  {who:<10} {what}")
+
+    def broken(self, guarantee: str, what: str) -> None:
+        self.note("OBSERVER", f"{guarantee} broken: {what}")
+        raise Violation(f"{guarantee}: {what}")
+
+    # --- ids (G1, G4) -----------------------------------------------------------------------------
+
+    def issue(self, id_: int, owner: Key, grant: str, lease_left: float) -> None:
+        """A pod hands an id to its application, `lease_left` seconds before its allocation lease ends."""
+        self.issued += 1
+        if lease_left <= 0:
+            self.broken("R4", f"id {id_} issued by {owner} {-lease_left:.3f} s after its lease had run out")
+        n = id_ >> self.block_bits
+        if id_ == 0:
+            self.broken("G1", "id 0 was issued")
+        if (issue := self.in_use.get(id_)) is not None:
+            self.broken("G1", f"id {id_} issued by {owner} is in use since {issue.owner} issued it")
+        if (n, *owner) not in self._announced:
+            self.broken("G4", f"id {id_} issued by {owner} before its ownership of chunk {n} was announced")
+        issuers = self._issuers[n]
+        if not issuers or issuers[-1] != (owner, grant):
+            if (owner, grant) in issuers:
+                self.broken("G1", f"chunk {n} is issued from by {owner} again, after {issuers[-1][0]}")
+            issuers.append((owner, grant))
+        self.in_use[id_] = Issue(owner, grant)
+
+    def release(self, id_: int) -> None:
+        self.in_use.pop(id_, None)
+
+    # --- the database (G2) ------------------------------------------------------------------------
+
+    def changed(self, change: Change) -> None:
+        if change.space == "drsm_sessions":
+            self._session_changed(change)
+        elif change.space == POOL and change.key.startswith("chunkid-"):
+            self._chunk_changed(change)
+
+    def _session_changed(self, change: Change) -> None:
+        document = self.database.document("drsm_sessions", change.key)
+        incarnation = int(change.key.rpartition(":")[2])
+        if document is not None and document["state"] == DEAD and incarnation not in self._dead_at:
+            self._dead_at[incarnation] = self.clock()
+            reason = document.get("reason")
+            self.note("mongodb", f"session {change.key} is dead: {reason}")
+            if reason == "expired":
+                self._expired.add(incarnation)
+                self.counts_on(incarnation, self.liveness_left(incarnation))
+
+    def _chunk_changed(self, change: Change) -> None:
+        n = int(change.key.removeprefix("chunkid-"))
+        document = self.database.document(POOL, change.key)
+        former = self._table.pop(n, None)
+        if former is not None:
+            self._sum -= checksum.ownership(n, *former)
+        if document is not None:
+            owner = (document["podId"], document["drsm"]["incarnation"])
+            self._table[n] = owner
+            self._sum += checksum.ownership(n, *owner)
+            if former is not None and former != owner:
+                self._claimed(n, former, owner)
+        self._sums[change.at].add((len(self._table), self._sum % checksum.MODULUS))
+
+    def _claimed(self, n: int, former: Key, owner: Key) -> None:
+        self.claims += 1
+        self.note(
+            "mongodb",
+            f"chunk {n} of {former[0]}:{former[1] & 0xFFFF} claimed by {owner[0]}:{owner[1] & 0xFFFF}",
+        )
+        if former[1] not in self._dead_at:
+            self.broken("G2", f"chunk {n} was taken from {former}, whose session lives")
+
+    # --- the server (G4, G5, R2) ------------------------------------------------------------------
+
+    def heard(self, packet: Packet) -> None:
+        if packet.subject.startswith(f"{self.subjects.prefix}.evt."):
+            self._event(packet)
+        elif packet.reply and packet.subject.startswith(f"{self.subjects.prefix}.rpc."):
+            body = codec.decode(packet.data)
+            if isinstance(incarnation := body.get("incarnation"), int):
+                self._asked[packet.reply] = (incarnation, self.clock(), packet.subject)
+        elif packet.subject in self._asked:
+            self._answer(packet)
+
+    def _event(self, packet: Packet) -> None:
+        kind = m.EVENT_KINDS[self.subjects.event_verb(packet.subject)]
+        fields = codec.decode(packet.data)
+        head, body = codec.from_map(m.EventHead, fields), codec.from_map(kind, fields)
+        if not isinstance(body, m.Sync):
+            self.note("nats", m.summary(head, body))
+        match body:
+            case m.ChunkAllocated(owner, chunks) | m.ChunkClaimed(owner, _, chunks):
+                self._announced |= {(n, owner.name, owner.incarnation) for n in chunks}
+            case m.Reset():  # consumers take a snapshot now, and it has all of these
+                self._announced |= {(n, *owner) for n, owner in self._table.items()}
+
+    def _answer(self, packet: Packet) -> None:
+        incarnation, asked_at, subject = self._asked.pop(packet.subject)
+        if m.ERROR_HEADER in packet.headers or packet.headers.get("Status"):
+            return
+        dead_at = self._dead_at.get(incarnation)
+        if dead_at is not None and dead_at < asked_at and not subject.endswith(("close", "report")):
+            self.broken("R5", f"{subject} of incarnation {incarnation} succeeded after its death")
+
+    def spoke(self, agent: str, subject: str, *, leads: bool) -> None:
+        """An agent sends an event or an answer."""
+        if not leads and (subject in self._asked or subject.startswith(f"{self.subjects.prefix}.evt.")):
+            self.broken("R2", f"{agent} sends {subject} without a valid lead")
+
+    def counts_on(self, incarnation: int, left: float) -> None:
+        """A pod believes that it cannot be declared dead for `left` seconds."""
+        if left > 0 and incarnation in self._expired:
+            self.broken("R1", f"incarnation {incarnation} is dead and counts on its lease for {left:.3f} s")
+
+    def demux_holds(self, who: str, history: str, version: m.Version, table: tuple[int, int]) -> None:
+        """A demux has a table of so many chunks and this checksum, as of a version."""
+        known = self._sums.get(version[0])
+        if known is not None and table not in known:
+            self.broken("G5", f"{who} has a table at {version} that the database never had")
+        before = self._versions.get(who)
+        if before is not None and before[0] == history and version < before[1]:
+            self.broken("G5", f"{who} went back from {before[1]} to {version} within history {history}")
+        self._versions[who] = (history, version)

@@ -1,0 +1,98 @@
+"""Kinds of worlds: `any` lets the seed choose, the others look for trouble of one sort."""
+
+from tests.simulation.network import Weather
+from tests.simulation.world import ANY, Profile
+
+PARTITIONS = Profile(
+    "partitions",
+    faults={"cut_pod": 4, "freeze_pod": 3, "kill_pod": 1},
+    weather=Weather(slow=6.0, slowness=0.0005, loss=0.1),
+    pace=4.0,
+    pods=4,
+)
+LEADERS = Profile(
+    "leaders",
+    faults={"cut_pod": 3, "kill_agent": 2, "freeze_agent": 3, "cut_agent": 2, "cut_agent_from_database": 2},
+    doubt=0.15,
+    pace=2.0,
+    pods=4,
+)
+STOPS = Profile("stops", faults={"kill_pod": 1, "cut_pod": 2}, stops=0.01, pace=4.0)
+LOSSES = Profile(
+    "losses", weather=Weather(loss=0.1, reordering=0.1, doubling=0.1), faults={"kill_pod": 3, "close_pod": 1}
+)
+CLOCKS = Profile(
+    "clocks",
+    faults={"cut_pod": 4, "freeze_pod": 1, "cut_agent_from_database": 1},
+    rate=0.2,
+    extreme=True,
+    pace=1.0,
+    usage_lag=0.0,
+)
+
+LATE_ANSWERS = Profile(
+    "late-answers",
+    faults={"cut_pod": 5, "freeze_pod": 3},
+    weather=Weather(slow=5.0, slowness=0.004, loss=0.5),
+    pace=2.0,
+    pods=4,
+)
+LATE_WRITES = Profile(
+    "late-writes",
+    faults={"cut_pod": 8, "freeze_agent": 3, "cut_agent_from_database": 3},
+    weather=Weather(),
+    doubt=0.15,
+    fates=("late",),
+    pace=1.5,
+    pods=7,
+)
+LAGGING = Profile(
+    "lagging",
+    faults={"cut_pod": 4, "freeze_pod": 4, "kill_agent": 2, "close_pod": 1},
+    weather=Weather(),
+    lag=0.3,
+    pace=1.5,
+    pods=6,
+)
+RECONNECTS = Profile(
+    "reconnects",
+    faults={"restart_nats": 4, "cut_agent": 4, "kill_pod": 2},
+    weather=Weather(typical=0.05),
+    pace=1.0,
+    pods=4,
+)
+
+
+SLOW_TO_SHOW = Profile(
+    "slow-to-show",
+    faults={"cut_pod": 4, "freeze_pod": 2, "close_pod": 3},
+    weather=Weather(loss=0.1),
+    pace=3.0,
+    pods=4,
+    usage_lag=6.0,
+)
+COMING_AND_GOING = Profile(
+    "coming-and-going",
+    faults={"cut_pod": 5, "close_pod": 4, "freeze_pod": 1},
+    weather=Weather(loss=0.3),
+    pace=2.0,
+    pods=6,
+)
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        ANY,
+        PARTITIONS,
+        LEADERS,
+        STOPS,
+        LOSSES,
+        CLOCKS,
+        LATE_ANSWERS,
+        LATE_WRITES,
+        LAGGING,
+        RECONNECTS,
+        SLOW_TO_SHOW,
+        COMING_AND_GOING,
+    )
+}

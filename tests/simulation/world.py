@@ -1,0 +1,631 @@
+"""One simulated world: a database, a NATS server, agents, pods and demuxes, and what befalls them.
+
+Everything follows from the seed. The agents are `service.Agent`, the pods `drsm_sdk.Drsm`, the demuxes
+`drsm_sdk.Demux`: the code that runs in production, on virtual time.
+"""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from drsm_agent import ports, settings
+from drsm_agent.core.documents import DEAD
+from drsm_agent.errors import AgentError, StoreUnavailable, leaf
+from drsm_agent.service import Agent, stored_settings
+from drsm_agent.store.stored import ensure_stored
+from drsm_sdk import (
+    AgentUnavailable,
+    Demux,
+    Drsm,
+    NotAllocated,
+    NotOwner,
+    Pod,
+    PoolEmpty,
+    PoolExhausted,
+    SessionLost,
+    ambient,
+)
+from drsm_sdk import changes as change
+from drsm_sdk.wire.subjects import Subjects
+from tests.simulation.database import Database, View
+from tests.simulation.loop import Node, VirtualLoop
+from tests.simulation.network import AgentBus, Network, PodTransport, Weather
+from tests.simulation.observer import POOL, Observer
+
+LIVENESS, ALLOCATION, LEADER = 2.5, 8.0, 1.0
+USAGE_LAG = 1.0
+RATE = 0.005
+"""`r`: how far one machine's clock may be off."""
+STORM_SECONDS = 40.0
+PEACE_SECONDS = 4.0
+"""First everybody gets to work."""
+HEALING_SECONDS = 14.0 + ALLOCATION * 1.02 + USAGE_LAG + 15.0
+"""The longest freeze, then the longest hold, then what a scan and a claim take."""
+
+
+class AgentChance(ports.Chance):
+    """The agent's chance, from the seed."""
+
+    def __init__(self, source: random.Random) -> None:
+        self._source = source
+
+    def token(self) -> str:
+        return f"{self._source.getrandbits(64):016x}"
+
+    def below(self, n: int) -> int:
+        return self._source.randrange(n)
+
+    def jitter(self, seconds: float) -> float:
+        return seconds * self._source.uniform(0.9, 1.1)
+
+
+FAULTS = (
+    "kill_pod",
+    "freeze_pod",
+    "cut_pod",
+    "close_pod",
+    "kill_agent",
+    "freeze_agent",
+    "cut_agent",
+    "cut_agent_from_database",
+    "elect",
+    "restart_nats",
+    "cut_demux",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a seed may bring. None: the seed chooses."""
+
+    name: str = "any"
+    faults: Mapping[str, float] | None = None
+    weather: Weather | None = None
+    doubt: float | None = None
+    fates: tuple[str, ...] = ("done", "lost", "late")
+    lag: float | None = None
+    stops: float | None = None
+    pace: float | None = None
+    rate: float = RATE
+    extreme: bool = False
+    """Every clock as wrong as it may be."""
+    pods: int = 3
+    usage_lag: float = USAGE_LAG
+
+
+ANY = Profile()
+
+
+@dataclass(eq=False)
+class Machine:
+    """A process of the world and the clock it reads."""
+
+    name: str
+    node: Node
+    rate: float
+    offset: float
+    loop: VirtualLoop
+    chance: random.Random
+    stops: float = 0.0
+    """Probability that the process is stopped right when it reads the clock."""
+
+    def clock(self) -> float:
+        if self.stops and self.chance.random() < self.stops and not self.node.stopped:
+            self.loop.stop_within(self.node, self.chance.choice([0.5, 3.0, 9.0, 13.0]))
+        return self.now()
+
+    def now(self) -> float:
+        return self.offset + self.loop.time() * self.rate
+
+
+@dataclass(eq=False)
+class PodActor:
+    """An application: it allocates, keeps contexts in the application's database, releases."""
+
+    machine: Machine
+    drsm: Drsm
+    transport: PodTransport
+    mine: dict[int, None] = field(default_factory=dict)
+    closing: bool = False
+    left: bool = False
+    waiting_since: float | None = None
+
+
+@dataclass(eq=False)
+class AgentActor:
+    machine: Machine
+    bus: AgentBus
+    view: View
+
+
+@dataclass(eq=False)
+class DemuxActor:
+    machine: Machine
+    demux: Demux
+    transport: PodTransport
+
+
+class World:
+    """`await World(seed).live()` raises Violation when something did not hold."""
+
+    def __init__(
+        self, loop: VirtualLoop, seed: int, profile: Profile = ANY, *, agents: int = 2, demuxes: int = 1
+    ) -> None:
+        self.loop, self.seed, self.profile = loop, seed, profile
+        self.chance = random.Random(seed)
+        self.block_bits = self.chance.choice([4, 5, 6])  # 64, 32 or 16 chunks: plenty, or hardly enough
+        self.settings = settings.load(
+            nats_url="nats://simulated:4222",
+            mongo_url="mongodb://simulated/?replicaSet=rs0",
+            mongo_database="simulated",
+            subject_prefix="drsm",
+            pools=[
+                {
+                    "name": POOL,
+                    "bits": 10,
+                    "block_bits": self.block_bits,
+                    "slots": 12,
+                    "usage_lag_ms": round(profile.usage_lag * 1000),
+                }
+            ],
+            liveness_ttl=LIVENESS,
+            allocation_ttl=ALLOCATION,
+            leader_ttl=LEADER,
+            http_port=0,
+            agent_id="agent",
+        )
+        environment = Node(loop, "world")
+        self.node = environment
+        self.network = Network(environment, self.chance, profile.weather or self._weather())
+        self.database = Database([POOL], environment, self.chance)
+        self.database.doubt = self._chosen(profile.doubt, 0.0, 0.0, 0.02, 0.1)
+        self.database.fates = profile.fates
+        self.database.lag = self._chosen(profile.lag, 0.0, 0.0, 0.01, 0.05)
+        self.observer = Observer(self.database, Subjects("drsm"), loop.time, self.block_bits)
+        self.observer.liveness_left = self._liveness_left
+        self.database.changed = self.observer.changed
+        self.network.heard = self.observer.heard
+        self.contexts: dict[int, float] = {}
+        """What the application's database has: id -> when it became visible to a scan."""
+        self.pods: list[PodActor] = []
+        self.agents: list[AgentActor] = []
+        self.demuxes: list[DemuxActor] = []
+        self.numbers = (profile.pods, agents, demuxes)
+        self.failure: BaseException | None = None
+        self._failed = asyncio.Event()
+        self._buried: list[Node] = []
+        self._names = [f"amf-{i}" for i in range(profile.pods)]
+        self.stops = self._chosen(profile.stops, 0.0, 0.0, 1e-3, 3e-3)
+
+    def _chosen(self, given: float | None, *choices: float) -> float:
+        return given if given is not None else self.chance.choice(choices)
+
+    def _weather(self) -> Weather:
+        chance = self.chance
+        if chance.random() < 0.3:
+            return Weather()
+        return Weather(
+            typical=chance.choice([0.001, 0.01, 0.05]),
+            slow=chance.choice([0.5, 2.0, 6.0]),
+            slowness=chance.choice([0.0, 0.0005, 0.003]),
+            loss=chance.choice([0.0, 0.0, 0.02, 0.1]),
+            doubling=chance.choice([0.0, 0.05]),
+            reordering=chance.choice([0.0, 0.05]),
+        )
+
+    # --- life --------------------------------------------------------------------------------------
+
+    async def live(self) -> None:
+        """Storm, then calm, then judgement."""
+        self.loop.set_exception_handler(self._on_exception)
+        pods, agents, demuxes = self.numbers
+        for i in range(agents):
+            self.start_agent(f"agent-{i}")
+        for name in self._names[:pods]:
+            self.start_pod(name)
+        for i in range(demuxes):
+            self.start_demux(f"demux-{i}")
+        self.node.start(self._guard(self._watch_leases()))
+        storm = self.node.start(self._guard(self._storm()))
+        await self._until_failed(STORM_SECONDS)
+        storm.cancel()
+        self._calm_down()
+        await self._until_failed(HEALING_SECONDS + self.profile.usage_lag)
+        self._judge()
+
+    async def end(self) -> None:
+        """Let everything go, quietly."""
+        nodes = [*self._buried, *(machine.node for machine in self._machines())]
+        self.network.heard = lambda packet: None
+        self.database.changed = lambda change: None
+        for connection in list(self.network.connections):
+            connection.close()
+        for node in (*nodes, self.node):
+            await node.bury()
+
+    async def _until_failed(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._failed.wait()
+        except TimeoutError:
+            return
+        if self.failure is not None:
+            raise self.failure
+
+    def fail(self, error: BaseException) -> None:
+        if self.failure is None:
+            self.failure = error
+            self._failed.set()
+
+    def _on_exception(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, BaseException):
+            self.fail(error)
+
+    def _liveness_left(self, incarnation: int) -> float:
+        for pod in self.pods:
+            life = pod.drsm._session.life
+            if life is not None and life.incarnation == incarnation:
+                return life.leases.liveness_until - pod.machine.now()
+        return 0.0
+
+    async def _watch_leases(self) -> None:
+        while True:
+            for pod in self.pods:
+                life = pod.drsm._session.life
+                if life is not None:
+                    left = life.leases.liveness_until - pod.machine.now()
+                    self.observer.counts_on(life.incarnation, left)
+            await asyncio.sleep(0.05)
+
+    # --- actors ------------------------------------------------------------------------------------
+
+    def _machines(self) -> list[Machine]:
+        pods, agents = [pod.machine for pod in self.pods], [agent.machine for agent in self.agents]
+        return [*pods, *agents, *(demux.machine for demux in self.demuxes)]
+
+    def _machine(self, name: str) -> Machine:
+        node = Node(self.loop, name)
+        slow, fast = 1 - self.profile.rate, 1 + self.profile.rate
+        rates = [slow, fast] if self.profile.extreme else [1.0, slow, fast, self.chance.uniform(slow, fast)]
+        rate = self.chance.choice(rates)
+        chance = random.Random(self.chance.getrandbits(64))
+        return Machine(name, node, rate, self.chance.uniform(0, 1e6), self.loop, chance, self.stops)
+
+    def start_agent(self, name: str) -> None:
+        machine = self._machine(name)
+        actor = AgentActor(machine, AgentBus(self.network, machine.node), View(self.database, machine.node))
+        self.agents.append(actor)
+        machine.node.start(self._guard(self._agent(actor)))
+
+    async def _agent(self, actor: AgentActor) -> None:
+        machine, chance = actor.machine, AgentChance(random.Random(self.chance.getrandbits(64)))
+        while not machine.node.over:
+            while not actor.bus.connected:
+                await asyncio.sleep(0.2)
+            try:
+                await ensure_stored(actor.view, stored_settings(self.settings))
+                agent = Agent(
+                    self.settings,
+                    actor.view,
+                    actor.bus,
+                    clock=machine.clock,
+                    wall_clock=lambda: 1.7e9 + self.loop.time(),
+                    chance=chance,
+                )
+                agent.name = f"{machine.name}-{chance.token()[:4]}"
+                actor.bus.speaks = self._speaks(machine, agent)
+                await agent.run()
+            except BaseExceptionGroup as group:
+                if not isinstance(leaf(group), AgentError):
+                    raise
+                self.observer.note(machine.name, f"ends: {leaf(group)}")
+            except StoreUnavailable:
+                pass
+            await asyncio.sleep(chance.jitter(0.5))
+
+    def _speaks(self, machine: Machine, agent: Agent) -> Callable[[str], None]:
+        def speaks(subject: str) -> None:
+            leads = agent.leader._election.held(machine.now())
+            self.observer.spoke(machine.name, subject, leads=leads)
+
+        return speaks
+
+    def start_pod(self, name: str) -> None:
+        machine = self._machine(name)
+        transport = PodTransport(self.network, machine.node)
+        actor = PodActor(machine, self._drsm(machine, transport), transport)
+        self.pods.append(actor)
+        self.observer.note(name, "starts")
+        machine.node.start(self._guard(self._pod(actor)))
+
+    async def _pod(self, actor: PodActor) -> None:
+        """The application. It starts again when the agent was not there."""
+        while not (actor.closing or actor.machine.node.over):
+            try:
+                async with actor.drsm as drsm:
+                    pool = await drsm.join(POOL, in_use=self._in_use, timeout=10.0)
+                    async with asyncio.TaskGroup() as tasks:
+                        tasks.create_task(self._hear(actor, pool))
+                        await self._work(actor, drsm, pool)
+                        raise _Left
+            except* _Left:
+                actor.left = True
+                self.observer.note(actor.machine.name, "has left")
+            except* AgentUnavailable:
+                actor.transport = PodTransport(self.network, actor.machine.node)
+                actor.drsm = self._drsm(actor.machine, actor.transport)
+            if not actor.left:
+                await asyncio.sleep(0.5)
+
+    def _drsm(self, machine: Machine, transport: PodTransport) -> Drsm:
+        return Drsm.connect(
+            "nats://simulated",
+            Pod(machine.name, "10.0.0.1", "i"),
+            transport=transport,
+            clock=machine.clock,
+            chance=ambient.Chance(random.Random(self.chance.getrandbits(64))),
+        )
+
+    async def _work(self, actor: PodActor, drsm: Drsm, pool: Any) -> None:
+        chance = random.Random(self.chance.getrandbits(64))
+        eager = chance.choice([0.05, 0.2, 1.0])
+        while not actor.closing:
+            for _ in range(chance.randint(0, 4)):
+                await self._allocate(actor, drsm, pool, chance)
+            for id_ in [id_ for id_ in actor.mine if chance.random() < 0.3]:
+                self._release(actor, pool, id_)
+            if chance.random() < 0.05:  # everything at once, so that chunks become empty
+                for id_ in list(actor.mine):
+                    self._release(actor, pool, id_)
+            await asyncio.sleep(chance.expovariate(1 / eager))
+
+    async def _allocate(self, actor: PodActor, drsm: Drsm, pool: Any, chance: random.Random) -> None:
+        actor.waiting_since = self.loop.time()
+        try:
+            id_ = pool.allocate_nowait() if chance.random() < 0.8 else await pool.allocate(timeout=2.0)
+        except (PoolEmpty, PoolExhausted, AgentUnavailable, SessionLost):
+            return
+        finally:
+            actor.waiting_since = None
+        if actor.machine.node.dead:
+            return  # killed while it was stopped: nobody has got the id
+        life = drsm._session.life
+        if life is None:
+            self.observer.broken("G1", f"{actor.machine.name} issued {id_} without a session")
+            return
+        left = life.leases.allocation_until - actor.machine.now()
+        self.observer.issue(id_, (actor.machine.name, life.incarnation), pool.grant(id_), left)
+        actor.mine[id_] = None
+        self.contexts[id_] = self.loop.time() + chance.uniform(0, self.profile.usage_lag * 0.9)
+
+    def _release(self, actor: PodActor, pool: Any, id_: int) -> None:
+        del actor.mine[id_]
+        try:
+            if not pool.valid(id_):
+                return  # somebody else serves it now
+            pool.release(id_)
+        except (NotOwner, NotAllocated):
+            return
+        self.contexts.pop(id_, None)
+        self.observer.release(id_)
+
+    async def _hear(self, actor: PodActor, pool: Any) -> None:
+        async for news in pool.changes():
+            match news:
+                case change.SessionLost() | change.Lost():
+                    for first, last in news.issued:
+                        for id_ in range(first, last + 1):
+                            actor.mine.pop(id_, None)
+                case change.Gained(_, chunks, True) | change.Scanned(_, chunks):
+                    numbers = chunks if isinstance(chunks, tuple) else (chunks,)
+                    for n in numbers:  # its sessions are ours to serve, from now on
+                        actor.mine |= dict.fromkeys(self._visible(n))
+
+    async def _in_use(self, first: int, last: int) -> list[int]:
+        """The application's scan: what is visible when it is asked, told a little later."""
+        found = [id_ for id_ in self._visible(first >> self.block_bits) if first <= id_ <= last]
+        await asyncio.sleep(self.chance.uniform(0, 0.5))
+        return found
+
+    def _visible(self, n: int) -> list[int]:
+        """What the application's database shows of a chunk."""
+        now = self.loop.time()
+        return [
+            id_ for id_, visible in self.contexts.items() if id_ >> self.block_bits == n and visible <= now
+        ]
+
+    def start_demux(self, name: str) -> None:
+        machine = self._machine(name)
+        transport = PodTransport(self.network, machine.node)
+        demux = Demux.connect(
+            "nats://simulated",
+            POOL,
+            transport=transport,
+            clock=machine.clock,
+            chance=ambient.Chance(random.Random(self.chance.getrandbits(64))),
+            timeout=60.0,
+        )
+        actor = DemuxActor(machine, demux, transport)
+        self.demuxes.append(actor)
+        machine.node.start(self._guard(self._demux(actor)))
+
+    async def _demux(self, actor: DemuxActor) -> None:
+        async with actor.demux as demux:
+            mirror = demux._mirror
+            while True:
+                table = (len(mirror), mirror.checksum)
+                self.observer.demux_holds(actor.machine.name, mirror.history, mirror.version, table)
+                await asyncio.sleep(0.05)
+
+    async def _guard(self, work: Awaitable[None]) -> None:
+        """Whatever ends an actor by itself ends the world."""
+        try:
+            await work
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self.fail(leaf(error) if isinstance(error, BaseExceptionGroup) else error)
+
+    # --- what befalls them ---------------------------------------------------------------------------
+
+    async def _storm(self) -> None:
+        chance = self.chance
+        pace = self._chosen(self.profile.pace, 1.0, 3.0, 6.0)
+        weights = self.profile.faults or {fault: chance.choice([0, 1, 2, 6]) for fault in FAULTS}
+        if not any(weights.values()):
+            weights = {"kill_pod": 1}
+        self.network.calm = True
+        await asyncio.sleep(PEACE_SECONDS)
+        self.network.calm = False
+        while True:
+            (fault,) = chance.choices(list(weights), list(weights.values()))
+            getattr(self, f"_{fault}")()
+            await asyncio.sleep(chance.expovariate(1 / pace))
+
+    def _pick(self, actors: list[Any]) -> Any:
+        alive = [actor for actor in actors if not actor.machine.node.stopped]
+        return self.chance.choice(alive) if alive else None
+
+    def _kill_pod(self) -> None:
+        if actor := self._pick([pod for pod in self.pods if not pod.left]):
+            self.observer.note(actor.machine.name, "is killed")
+            self._bury(actor, self.pods)
+            self.node.later(self.chance.choice([0.1, 1.0, 5.0]), self._start_pod_again, actor.machine.name)
+
+    def _start_pod_again(self, name: str) -> None:
+        if all(pod.machine.name != name for pod in self.pods):
+            self.start_pod(name)
+
+    def _bury(self, actor: Any, actors: list[Any]) -> None:
+        actor.machine.node.kill()
+        connection = actor.bus.connection if isinstance(actor, AgentActor) else actor.transport.connection
+        connection.close()
+        self._buried.append(actor.machine.node)
+        actors.remove(actor)
+
+    def _close_pod(self) -> None:
+        if actor := self._pick([pod for pod in self.pods if not pod.closing]):
+            self.observer.note(actor.machine.name, "leaves")
+            actor.closing = True
+            self.node.later(self.chance.uniform(4.0, 8.0), self._replace_pod, actor)
+
+    def _replace_pod(self, actor: PodActor) -> None:
+        if actor in self.pods:
+            self._bury(actor, self.pods)
+            self.start_pod(actor.machine.name)
+
+    def _freeze_pod(self) -> None:
+        self._freeze(self._pick(self.pods), self.chance.choice([0.3, 2.0, 4.0, 9.0, 14.0]))
+
+    def _freeze_agent(self) -> None:
+        self._freeze(self._pick(self.agents), self.chance.choice([0.3, 0.8, 1.2, 3.0, 8.0]))
+
+    def _freeze(self, actor: Any, seconds: float) -> None:
+        if actor:
+            self.observer.note(actor.machine.name, f"is frozen for {seconds:g} s")
+            actor.machine.node.freeze()
+            self.node.later(seconds, self._thaw, actor)
+
+    def _thaw(self, actor: Any) -> None:
+        self.observer.note(actor.machine.name, "goes on")
+        actor.machine.node.thaw()
+
+    def _cut_pod(self) -> None:
+        if actor := self._pick(self.pods):
+            self._cut(actor.machine.name, actor.transport.connection)
+
+    def _cut_demux(self) -> None:
+        if actor := self._pick(self.demuxes):
+            self._cut(actor.machine.name, actor.transport.connection)
+
+    def _cut_agent(self) -> None:
+        if actor := self._pick(self.agents):
+            self._cut(actor.machine.name, actor.bus.connection)
+
+    def _cut(self, name: str, connection: Any) -> None:
+        out, back = self.chance.choice([(True, True), (True, False), (False, True)])
+        seconds = self.chance.choice([0.5, 2.0, 3.0, 4.0, 7.0, 12.0])
+        self.observer.note(name, f"is cut off NATS for {seconds:g} s (out {out}, back {back})")
+        connection.cut(out=out, back=back, seconds=seconds)
+
+    def _cut_agent_from_database(self) -> None:
+        if actor := self._pick(self.agents):
+            seconds = self.chance.choice([0.5, 2.0, 5.0, 9.0])
+            self.observer.note(actor.machine.name, f"is cut off MongoDB for {seconds:g} s")
+            actor.view.cut = True
+
+            def mend() -> None:
+                actor.view.cut = False
+
+            self.node.later(seconds, mend)
+
+    def _kill_agent(self) -> None:
+        if actor := self._pick(self.agents):
+            self.observer.note(actor.machine.name, "is killed")
+            self._bury(actor, self.agents)
+            self.node.later(self.chance.choice([0.2, 2.0, 6.0]), self._start_agent_again, actor.machine.name)
+
+    def _start_agent_again(self, name: str) -> None:
+        self.start_agent(name)
+
+    def _elect(self) -> None:
+        seconds = self.chance.choice([0.5, 2.0, 5.0])
+        self.observer.note("mongodb", f"elects for {seconds:g} s")
+        self.database.elect(seconds)
+
+    def _restart_nats(self) -> None:
+        seconds = self.chance.choice([0.1, 1.0, 3.0])
+        self.observer.note("nats", f"restarts, down for {seconds:g} s")
+        self.network.restart(seconds)
+
+    # --- judgement -----------------------------------------------------------------------------------
+
+    def _calm_down(self) -> None:
+        self.observer.note("world", "calms down")
+        self.network.calm = self.database.calm = True
+        self.stops = 0.0
+        self.database.available.set()
+        for machine in self._machines():
+            machine.stops = 0.0
+        for agent in self.agents:
+            agent.view.cut = False
+        for connection in list(self.network.connections):
+            connection._mend()
+
+    def _judge(self) -> None:
+        """Once everything has healed: G3, G5, nothing leaked, nobody waits."""
+        observer, documents = self.observer, self.database.documents(POOL)
+        sessions = {
+            (document["_id"].rpartition(":")[0], int(document["_id"].rpartition(":")[2])): document
+            for document in self.database.documents("drsm_sessions")
+        }
+        table = {
+            int(document["chunkId"].removeprefix("chunkid-")): document
+            for document in documents
+            if document["type"] == "chunk"
+        }
+        for n, document in sorted(table.items()):
+            owner = (document["podId"], document["drsm"]["incarnation"])
+            session = sessions.get(owner)
+            if session is None or session["state"] == DEAD:
+                observer.broken("G3", f"chunk {n} still belongs to {owner}, which is dead")
+            if document["drsm"]["marked"]:
+                observer.broken("G3", f"chunk {n} of {owner} is still marked")
+        truth = {n: (d["podId"], d["drsm"]["incarnation"]) for n, d in table.items()}
+        for actor in self.demuxes:
+            held = {n: owner.key for n, owner in actor.demux.chunks().items()}
+            if held != truth or not actor.demux.synced:
+                differs = sorted(set(held.items()) ^ set(truth.items()))
+                observer.broken("G5", f"{actor.machine.name} differs from the database: {differs}")
+        for pod in self.pods:
+            if not pod.left and pod.drsm.state != "live":
+                observer.broken("G6", f"{pod.machine.name} is {pod.drsm.state}")
+            if pod.waiting_since is not None and self.loop.time() - pod.waiting_since > 5.0:
+                observer.broken("G6", f"{pod.machine.name} has waited since {pod.waiting_since:.1f}")
+
+
+class _Left(Exception):
+    """A pod has left of its own."""
