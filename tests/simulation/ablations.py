@@ -28,6 +28,8 @@ from tests.simulation.profiles import (
     CLOCKS,
     LAGGING,
     LATE_ANSWERS,
+    LATE_CLAIMS,
+    LATE_DEATHS,
     LATE_WRITES,
     LEADERS,
     LOSSES,
@@ -172,7 +174,7 @@ ABLATIONS: tuple[Ablation, ...] = (
     Ablation(
         "a death is written whatever the term",
         "R5",
-        LATE_WRITES,
+        LATE_DEATHS,
         ((writes, "end_session", _death_without_term),),
     ),
     Ablation("no stamp before answering", "R5", LEADERS, ((Leader, "_stamp", _no_stamp),)),
@@ -189,6 +191,6 @@ ABLATIONS: tuple[Ablation, ...] = (
     Ablation("events are not confirmed", "G4", RECONNECTS, ((Relay, "_delivered", _unconfirmed),)),
     Ablation("a hold without W", "section 4", SLOW_TO_SHOW, ((reaper, "hold_ms", _without_usage_lag),)),
     Ablation(
-        "claims do not look at the owner", "G2", LATE_WRITES, ((writes, "_chunk_guard", _only_the_number),)
+        "claims do not look at the owner", "G2", LATE_CLAIMS, ((writes, "_chunk_guard", _only_the_number),)
     ),
 )

@@ -41,6 +41,8 @@ class Database(MemoryStore):
         """Probability that a batch of the change stream comes late."""
         self.doubt = 0.0
         """Probability that a write's answer never comes."""
+        self.doubtful = ""
+        """The space in which that happens; in all of them when empty."""
         self.available = asyncio.Event()
         self.available.set()
         self.calm = False
@@ -50,6 +52,11 @@ class Database(MemoryStore):
         """No primary for a while."""
         self.available.clear()
         self.node.later(seconds, self.available.set)
+
+    def doubts(self, writes: Sequence[Write]) -> bool:
+        """Whether the outcome of these shall stay unknown."""
+        there = not self.doubtful or any(write.space == self.doubtful for write in writes)
+        return there and self.chance.random() < self.doubt
 
     def delay(self) -> float:
         return 0.001 if self.calm else min(self.chance.expovariate(1 / 0.003), 0.5)
@@ -88,7 +95,7 @@ class View:
     async def write(self, writes: Sequence[Write]) -> Outcome:
         await self._way()
         database = self._database
-        if not database.calm and database.chance.random() < database.doubt:
+        if not database.calm and database.doubts(writes):
             await self._write_in_doubt(writes)
         outcome = await database.apply(writes)
         await self._way_back()

@@ -1,5 +1,7 @@
 """Kinds of worlds: `any` lets the seed choose, the others look for trouble of one sort."""
 
+from dataclasses import replace
+
 from tests.simulation.network import Weather
 from tests.simulation.world import ANY, Profile
 
@@ -46,6 +48,17 @@ LATE_WRITES = Profile(
     pace=1.5,
     pods=7,
 )
+LATE_DEATHS = Profile(
+    "late-deaths",
+    faults={"cut_pod": 6, "freeze_agent": 3, "cut_agent_from_database": 3},
+    weather=Weather(),
+    doubt=0.7,
+    doubtful="drsm_sessions",
+    fates=("late",),
+    pace=1.5,
+    pods=7,
+)
+LATE_CLAIMS = replace(LATE_DEATHS, name="late-claims", doubtful="amfid")
 LAGGING = Profile(
     "lagging",
     faults={"cut_pod": 4, "freeze_pod": 4, "kill_agent": 2, "close_pod": 1},
@@ -90,6 +103,8 @@ PROFILES = {
         CLOCKS,
         LATE_ANSWERS,
         LATE_WRITES,
+        LATE_DEATHS,
+        LATE_CLAIMS,
         LAGGING,
         RECONNECTS,
         SLOW_TO_SHOW,

@@ -84,6 +84,7 @@ class Profile:
     faults: Mapping[str, float] | None = None
     weather: Weather | None = None
     doubt: float | None = None
+    doubtful: str = ""
     fates: tuple[str, ...] = ("done", "lost", "late")
     lag: float | None = None
     stops: float | None = None
@@ -181,7 +182,7 @@ class World:
         self.network = Network(environment, self.chance, profile.weather or self._weather())
         self.database = Database([POOL], environment, self.chance)
         self.database.doubt = self._chosen(profile.doubt, 0.0, 0.0, 0.02, 0.1)
-        self.database.fates = profile.fates
+        self.database.doubtful, self.database.fates = profile.doubtful, profile.fates
         self.database.lag = self._chosen(profile.lag, 0.0, 0.0, 0.01, 0.05)
         self.observer = Observer(self.database, Subjects("drsm"), loop.time, self.block_bits)
         self.observer.liveness_left = self._liveness_left
