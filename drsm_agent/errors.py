@@ -6,6 +6,7 @@ AgentError
  +- BusUnavailable       NATS did not take it: publish again once connected
  +- TooLarge             more than NATS takes in one message
  +- LeadLost             this agent does not lead at this moment: write, publish and answer nothing
+ |   +- Unheard          it gave the lead up, as it does not hear itself over NATS
  +- Refused              a request was refused; carries what the requester is told
  +- Misconfigured        this agent must not start; the message says what to change
 """
@@ -40,6 +41,10 @@ class TooLarge(AgentError):
 
 class LeadLost(AgentError):
     """The lead is not valid at this moment (rule R2)."""
+
+
+class Unheard(LeadLost):
+    """NATS has not carried this leader's messages for `T` (rule R7): a standby may be better off."""
 
 
 class Misconfigured(AgentError):

@@ -15,7 +15,7 @@ class Lead:
         if election.mine is None:
             raise LeadLost("this agent does not lead")
         self._election, self._clock = election, clock
-        self.agent, self.term = election.agent, election.mine.term
+        self.agent, self.term, self.ttl = election.agent, election.mine.term, election.ttl
         self.since = clock()
         self._incarnations = chance.below(COUNTER_START_BELOW)
 

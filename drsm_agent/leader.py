@@ -24,7 +24,7 @@ from drsm_agent.core.lease import Leases
 from drsm_agent.core.session import LivenessLeases
 from drsm_agent.core.table import Table
 from drsm_agent.endpoints import Endpoints
-from drsm_agent.errors import BusUnavailable, LeadLost, PositionLost, StoreUnavailable, leaf
+from drsm_agent.errors import BusUnavailable, LeadLost, PositionLost, StoreUnavailable, Unheard, leaf
 from drsm_agent.feed import Entry, Feed, Position, State
 from drsm_agent.lead import Lead
 from drsm_agent.metrics import Metrics
@@ -84,10 +84,11 @@ class Leader:
     async def run(self) -> None:
         while True:
             await self._campaign()
-            began = self._parts.clock()
+            began, unheard = self._parts.clock(), False
             try:
                 await cancellation.isolated(self._lead())
             except* LeadLost as lost:
+                unheard = lost.subgroup(Unheard) is not None
                 log.warning("lead_lost", reason=str(leaf(lost)))
             finally:
                 if self.leading.is_set():
@@ -98,7 +99,7 @@ class Leader:
                 self._election.lost()
                 if mine:
                     await self._give_up(mine)
-            if self._parts.clock() - began < self._parts.leases.leader:
+            if unheard or self._parts.clock() - began < self._parts.leases.leader:  # a standby comes first;
                 await asyncio.sleep(self._parts.chance.jitter(self._parts.leases.leader))  # not in a loop
 
     # --- The lease ------------------------------------------------------------------------------
@@ -124,11 +125,23 @@ class Leader:
                 self._following = (record.holder, record.term)
                 log.info("following", leader=record.holder, term=record.term)
         taken = self._election.observed(record, sent, self._highest_term())
-        if taken is None or not (await self._parts.store.write([taken])).changed:
+        if taken is None or not await self._is_heard():
+            return False
+        sent = self._parts.clock()
+        if not (await self._parts.store.write([taken])).changed:
             return False
         mine = self._election.won(taken, sent)
         self._highest = max(self._highest, mine.term)
         log.info("lead_won", term=mine.term, agent=mine.holder, after=record.holder if record else "")
+        return True
+
+    async def _is_heard(self) -> bool:
+        """Whether NATS takes messages of this agent; else it would only lead to give up again (rule R7)."""
+        try:
+            await self._parts.bus.flush()
+        except BusUnavailable as error:
+            log.warning("not_standing", error=str(error), action="trying again once NATS answers")
+            return False
         return True
 
     def _highest_term(self) -> int:
@@ -241,7 +254,7 @@ class Leader:
             bus=parts.bus,
             subjects=parts.subjects,
             lead=lead,
-            liveness=parts.leases.liveness,
+            leases=parts.leases,
             clock=parts.clock,
             chance=parts.chance,
         )
@@ -260,7 +273,11 @@ class Leader:
             chance=parts.chance,
             metrics=parts.metrics,
         )
-        requests, reaper, mirrors = Requests(reign, tasks), Reaper(reign, probe), Mirrors(reign)
+        requests, reaper, mirrors = (
+            Requests(reign, tasks),
+            Reaper(reign, probe, parts.feed.staleness),
+            Mirrors(reign),
+        )
 
         def note(entry: Entry) -> None:
             requests.note(entry)

@@ -8,7 +8,7 @@ the start and by a slow audit, not only at the moment of death.
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import structlog
@@ -32,6 +32,8 @@ GO_SILENCE = 25.0
 """A Go pod renews every 5 s for 20 s; unchanged or missing for this long, it is down."""
 PURGE_AFTER = 3600.0
 """A dead session's document is kept this long beyond `A + W`, for people who look for a reason."""
+STREAM_STALE = 5.0
+"""Seconds without a word of the change stream, which says something each second when nothing happens."""
 RETRY_DELAY = 0.5
 MASS_EXPIRY_MIN, MASS_EXPIRY_SHARE = 2, 0.3
 """More than two and more than 30 % of all sessions within one renewal period: rather our fault than
@@ -44,16 +46,17 @@ T = TypeVar("T")
 class Reaper:
     """Ends sessions, claims orphans and purges what is left, for one reign."""
 
-    def __init__(self, reign: Reign, probe: Probe) -> None:
+    def __init__(self, reign: Reign, probe: Probe, staleness: Callable[[], float]) -> None:
         self._table, self._relay, self._lead = reign.table, reign.relay, reign.lead
         self._leases, self._liveness, self._definitions = reign.leases, reign.liveness, reign.definitions
         self._clock, self._chance, self._metrics = reign.clock, reign.chance, reign.metrics
-        self._grants_from, self._probe = reign.grants_from, probe
+        self._grants_from, self._probe, self._staleness = reign.grants_from, probe, staleness
         self._news = asyncio.Event()
         self._dead_since: dict[Key, float] = {}
         self._spared_at = float("-inf")
         self._blind = False
         self._go_heard: dict[tuple[str, str], float] = {}
+        self._fresh_since = self._clock()
 
     def note(self, entry: Entry) -> None:
         """Something changed: look again. Keepalives are the only sign of life of Go pods."""
@@ -68,6 +71,7 @@ class Reaper:
         while True:
             try:
                 await self._expire_due()
+                await self._bury_silent_go_pods()
                 await self._claim_orphans()
                 await self._purge()
                 self._measure()
@@ -85,7 +89,12 @@ class Reaper:
     def _until_next(self) -> float:
         """Seconds to sleep: to the next lease that may lapse, at most one audit interval."""
         now = self._clock()
-        times = (self._liveness.next_deadline(), self._liveness.next_lapse(now))
+        go = min(self._go_heard.values(), default=None)
+        times = (
+            self._liveness.next_deadline(),
+            self._liveness.next_lapse(now),
+            None if go is None else max(go, self._fresh_since) + GO_SILENCE,
+        )
         waits = [at - now for at in times if at is not None]
         return min([AUDIT_INTERVAL, *(wait if wait > 0 else self._probe.period for wait in waits)])
 
@@ -125,6 +134,35 @@ class Reaper:
             return []
         return due
 
+    async def _bury_silent_go_pods(self) -> None:
+        """A Go pod whose keepalive stays as it was is down, also when MongoDB's TTL monitor does not take it
+        away. Only what was unchanged while this leader would have seen a change counts."""
+        now = self._clock()
+        if not self._probe.healthy(now) or self._staleness() > STREAM_STALE:
+            self._fresh_since = now
+        present = {
+            (pool.name, key): keepalive
+            for pool in self._table.pools.values()
+            for key, keepalive in pool.keepalives.items()
+            if keepalive.go_owner
+        }
+        orphaned = {
+            (pool.name, chunk.owner.name)
+            for pool in self._table.pools.values()
+            for chunk in pool.orphans()
+            if chunk.owner.incarnation == GO_INCARNATION
+        }
+        self._go_heard = {key: self._go_heard.get(key, now) for key in present.keys() | orphaned}
+        for (pool_name, key), keepalive in present.items():
+            if self._go_silent(pool_name, key, now):
+                log.warning("go_pod_silent", pool=pool_name, pod=key, seconds=GO_SILENCE)
+                self._metrics.deaths.labels(reason="deleted").inc()
+                await self._relay.commit([writes.delete_keepalive(pool_name, key, keepalive)])
+
+    def _go_silent(self, pool: str, pod: str, now: float) -> bool:
+        heard = self._go_heard.setdefault((pool, pod), now)
+        return now - max(heard, self._fresh_since) >= GO_SILENCE
+
     def _adopt(self, now: float) -> None:
         """A session that nobody has a lease for came of a write whose outcome was unknown: it gets one."""
         for session in self._table.alive():
@@ -161,7 +199,7 @@ class Reaper:
         """Whether the owner's death is final, and nobody may still be routed to it for good reason."""
         now = self._clock()
         if former.incarnation == GO_INCARNATION:
-            return now - self._go_heard.setdefault((pool.name, former.name), now) >= GO_SILENCE
+            return self._go_silent(pool.name, former.name, now)
         session = self._table.sessions.get(former.key)
         if session is None:
             return True

@@ -20,7 +20,7 @@ from drsm_agent.core.documents import Document, Owner
 from drsm_agent.core.events import Event, Version
 from drsm_agent.core.table import STAMPS
 from drsm_agent.core.writes import Outcome, Write
-from drsm_agent.errors import BusUnavailable, LeadLost, StoreUnavailable
+from drsm_agent.errors import BusUnavailable, LeadLost, StoreUnavailable, Unheard
 from drsm_agent.feed import Entry, Feed, Position, State
 from drsm_agent.flight import Flight
 from drsm_agent.lead import Lead
@@ -232,8 +232,9 @@ class Relay:
         self._metrics.events.labels(verb=verb).inc()
 
     async def _delivered(self, send: Callable[[], Awaitable[None]]) -> None:
-        """Send and flush; again from the start until the server has confirmed all of it."""
-        failures = 0
+        """Send and flush; again from the start until the server has confirmed all of it. Raises Unheard when
+        it did not for `T` (rule R7)."""
+        failures, began = 0, self._lead.age()
         while True:
             self._lead.check()
             try:
@@ -244,6 +245,8 @@ class Relay:
                 if failures == 1:  # once; the counter says how often
                     log.warning("not_confirmed", error=str(error), action="publishing again")
                 self._metrics.republished.inc()
+                if (silent := self._lead.age() - began) >= self._lead.ttl:
+                    raise Unheard(f"NATS has confirmed nothing for {silent:.1f} s: {error}") from error
                 await asyncio.sleep(FLUSH_RETRY)
             else:
                 if failures:

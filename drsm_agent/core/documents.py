@@ -7,7 +7,7 @@ only while its copies equal them. docs/protocol.md names every field.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Document = dict[str, Any]
@@ -107,6 +107,8 @@ class Keepalive:
     ip: str
     instance: str
     drsm: Drsm | None = None
+    expire_at: Any = field(default=None, compare=False)
+    """As it was written: what a delete of a silent Go pod's keepalive has to find."""
 
     @property
     def go_owner(self) -> Owner | None:
@@ -195,7 +197,13 @@ def read_keepalive(document: Mapping[str, Any]) -> Keepalive | None:
         return None
     names = ("podId", "podIp", "podInstance")
     pod, ip, instance = (str(document.get(name) or "") for name in names)
-    return Keepalive(pod=pod, ip=ip, instance=instance, drsm=_read_drsm(document.get("drsm")))
+    return Keepalive(
+        pod=pod,
+        ip=ip,
+        instance=instance,
+        drsm=_read_drsm(document.get("drsm")),
+        expire_at=document.get("expireAt"),
+    )
 
 
 def read_session(document: Mapping[str, Any]) -> Session | None:

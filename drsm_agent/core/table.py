@@ -275,11 +275,12 @@ def _drop(index: dict[str, dict[int, None]], key: str, n: int) -> None:
 
 
 def _keepalive_document(key: str, known: Keepalive | None) -> Document:
-    """As much of a keepalive as matters; its `expireAt` is nobody's business here."""
+    """As much of a keepalive as matters."""
     document: Document = {"_id": key}
     if known is None:
         return document
     document |= {"type": "keepalive", "podId": known.pod, "podIp": known.ip, "podInstance": known.instance}
+    document["expireAt"] = known.expire_at
     drsm = known.drsm
     if drsm:
         document["drsm"] = {

@@ -18,6 +18,7 @@ from drsm_agent.core.documents import (
     Chunk,
     Document,
     Drsm,
+    Keepalive,
     Owner,
     Session,
     chunk_key,
@@ -203,6 +204,11 @@ def hand_over_mirror(pool: str, former: Owner, owner: Owner, expire_at: Any) -> 
 
 def delete_mirror(pool: str, owner: Owner) -> Delete:
     return Delete(pool, _mirror_guard(owner))
+
+
+def delete_keepalive(pool: str, key: str, silent: Keepalive) -> Delete:
+    """The death of a Go pod: filtered by the `expireAt` that was seen, so a renewal meanwhile wins."""
+    return Delete(pool, {"_id": key, "type": "keepalive", "expireAt": silent.expire_at})
 
 
 def _mirror_guard(owner: Owner) -> Document:

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 from nats.errors import NoRespondersError
 from nats.errors import TimeoutError as NatsTimeout
+from structlog.testing import capture_logs
 
-from drsm_agent import relay
+from drsm_agent import reaper, relay
 from drsm_agent.embedded import Stack
 from drsm_agent.service import running
 from drsm_sdk import Demux, Drsm, Pod
 from drsm_sdk.wire import messages as m
 from tests.harness import POOL, Domain, Requester, eventually, mongo_client, renewing, requester, within
+from tests.proxy import proxy
 
 
 async def test_a_second_agent_stands_by_and_takes_over_without_a_lost_session(domain: Domain) -> None:
@@ -186,3 +188,90 @@ async def test_an_agent_ends_when_its_table_is_lost_at_the_moment_of_its_end(dom
                 await asyncio.sleep(0)
             agent.task.cancel()
             await within(asyncio.wait([agent.task]), 5)
+
+
+async def test_a_leader_that_does_not_hear_itself_hands_over_to_one_that_does(domain: Domain) -> None:
+    """R7: cut off NATS, though not off MongoDB, it gives up its lead after `T`, and stands by afterwards."""
+    async with proxy(domain.nats_url) as way, running(domain.settings(nats_url=way.url)) as cut:
+        await within(cut.leader.leading.wait())
+        identity = Pod("amf-1", "10.0.0.1", "nf")
+        async with (
+            running(domain.settings()) as other,
+            Drsm.connect(domain.nats_url, identity, prefix=domain.prefix) as drsm,
+        ):
+            await drsm.join(POOL)
+            incarnation = drsm.incarnation
+            way.silence()
+            await within(other.leader.leading.wait(), 30)
+            assert not cut.leader.leading.is_set()
+            way.carry_on()
+            await eventually(lambda: drsm.state == "live" and not cut.unready())
+            assert other.leader.leading.is_set()
+            assert drsm.incarnation == incarnation
+
+
+async def test_an_agent_that_nats_does_not_carry_leaves_the_lead_alone(domain: Domain) -> None:
+    """It could only give it up again; each change of leader costs everybody a lease (R7)."""
+    async with proxy(domain.nats_url) as way, running(domain.settings()) as leading:
+        await within(leading.leader.leading.wait())
+        async with running(domain.settings(nats_url=way.url)) as cut, mongo_client(domain) as client:
+            await eventually(lambda: cut.leader.seen)
+            way.silence()
+            with capture_logs() as logs:
+                assert leading.task is not None
+                leading.task.cancel()
+                await eventually(lambda: sum(log["event"] == "not_standing" for log in logs) >= 2)
+            record = await client[domain.database]["drsm_leader"].find_one({"_id": "leader"})
+            assert record is not None
+            assert record["holder"] == ""
+            way.carry_on()
+            await within(cut.leader.leading.wait(), 30)
+
+
+async def test_a_go_pod_whose_keepalive_stands_still_is_down_and_one_that_renews_is_not(
+    domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the TTL monitor's help: a delete filtered by what was seen, and the claims after it."""
+    monkeypatch.setattr(reaper, "GO_SILENCE", 2.0)
+    async with mongo_client(domain) as client:
+        pool = client[domain.database][POOL]
+        await pool.insert_many([go_keepalive("amf-silent"), go_keepalive("amf-renewing")])
+        await pool.insert_many([go_chunk(1, "amf-silent"), go_chunk(2, "amf-renewing")])
+
+        async def renew() -> None:
+            while True:
+                fresh = {"$set": {"expireAt": datetime.now(UTC)}}
+                await pool.update_one({"_id": "amf-renewing"}, fresh)
+                await asyncio.sleep(0.3)
+
+        renewing_go = asyncio.create_task(renew())
+        async with domain.served() as asking:
+            opened = await asking.open("amf-1")
+            async with renewing(asking, ("amf-1", opened.incarnation)):
+                await asking.seen(lambda: asking.of(m.ChunkClaimed))
+                (down,) = asking.of(m.PodDown)
+                assert (down.pod.name, down.reason) == ("amf-silent", "deleted")
+                assert [claim.chunks for claim in asking.of(m.ChunkClaimed)] == [(1,)]
+                assert await pool.find_one({"_id": "amf-silent"}) is None
+                owner = await pool.find_one({"_id": "chunkid-2"})
+                assert owner is not None
+                assert owner["podId"] == "amf-renewing"
+                assert not renewing_go.done()
+        renewing_go.cancel()
+
+
+def go_keepalive(name: str) -> dict[str, Any]:
+    return {
+        "_id": name,
+        "type": "keepalive",
+        "podId": name,
+        "podIp": "10.0.0.9",
+        "podInstance": "nf-go",
+        "expireAt": datetime(2100, 1, 1, tzinfo=UTC),
+    }
+
+
+def go_chunk(n: int, owner: str) -> dict[str, Any]:
+    key = f"chunkid-{n}"
+    fields = {"podId": owner, "podIp": "10.0.0.9", "podInstance": "nf-go"}
+    return {"_id": key, "type": "chunk", "chunkId": key} | fields
