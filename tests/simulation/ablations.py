@@ -24,8 +24,10 @@ from drsm_sdk import PoolEmpty
 from drsm_sdk.mirror import Mirror
 from drsm_sdk.pool import Pool
 from drsm_sdk.rpc import Rpc
+from drsm_sdk.stock import Stock
 from tests.simulation.profiles import (
     CLOCKS,
+    INHERITANCE,
     LAGGING,
     LATE_ANSWERS,
     LATE_CLAIMS,
@@ -154,7 +156,46 @@ async def _unconfirmed(self: Relay, send: Any) -> None:
         await send()
 
 
+def _unmarked_when_closed(orphan: Any, former: Any, allocation_ms: int, usage_lag_ms: int) -> int:
+    unmarked = replace(orphan, drsm=replace(orphan.drsm, marked=False))
+    return hold_ms(unmarked, former, allocation_ms, usage_lag_ms)
+
+
+_release_closed = Stock._release_closed
+
+
+def _release_counts_at_once(self: Stock, chunk: Any, id_: int) -> None:
+    if chunk.released is None:
+        chunk.released = set()
+    _release_closed(self, chunk, id_)
+
+
+_chunk_guard = writes._chunk_guard
+
+
+def _guard_without_grant(chunk: Any) -> Document:
+    return {name: value for name, value in _chunk_guard(chunk).items() if name != "drsm.grant"}
+
+
 ABLATIONS: tuple[Ablation, ...] = (
+    Ablation(
+        "a mark is forgotten when its owner closes",
+        "4",
+        INHERITANCE,
+        ((reaper, "hold_ms", _unmarked_when_closed),),
+    ),
+    Ablation(
+        "a release during the hold counts",
+        "5",
+        INHERITANCE,
+        ((Stock, "_release_closed", _release_counts_at_once),),
+    ),
+    Ablation(
+        "guards do not look at the grant",
+        "G1",
+        LATE_CLAIMS,
+        ((writes, "_chunk_guard", _guard_without_grant),),
+    ),
     Ablation("leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),)),
     Ablation(
         "the holder's durations are not shortened",

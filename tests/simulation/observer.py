@@ -21,7 +21,7 @@ class Violation(AssertionError):
     """A guarantee was broken."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Issue:
     """An id that is issued: by whom, under which grant."""
 
@@ -62,7 +62,7 @@ class Observer:
 
     # --- ids (G1, G4) -----------------------------------------------------------------------------
 
-    def issue(self, id_: int, owner: Key, grant: str, lease_left: float) -> None:
+    def issue(self, id_: int, owner: Key, grant: str, lease_left: float) -> Issue:
         """A pod hands an id to its application, `lease_left` seconds before its allocation lease ends."""
         self.issued += 1
         if lease_left <= 0:
@@ -79,10 +79,12 @@ class Observer:
             if (owner, grant) in issuers:
                 self.broken("G1", f"chunk {n} is issued from by {owner} again, after {issuers[-1][0]}")
             issuers.append((owner, grant))
-        self.in_use[id_] = Issue(owner, grant)
+        issue = self.in_use[id_] = Issue(owner, grant)
+        return issue
 
-    def release(self, id_: int) -> None:
-        self.in_use.pop(id_, None)
+    def release(self, id_: int, issue: Issue) -> None:
+        if self.in_use.get(id_) is issue:
+            del self.in_use[id_]
 
     # --- the database (G2) ------------------------------------------------------------------------
 

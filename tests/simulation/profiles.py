@@ -92,6 +92,16 @@ COMING_AND_GOING = Profile(
     pods=6,
 )
 
+INHERITANCE = Profile(
+    "inheritance",
+    faults={"cut_pod": 2, "close_pod": 3},
+    weather=Weather(),
+    cuts=(12.0, 14.0),
+    pace=1.5,
+    pods=4,
+    usage_lag=0.5,
+)
+
 PROFILES = {
     profile.name: profile
     for profile in (
@@ -109,5 +119,6 @@ PROFILES = {
         RECONNECTS,
         SLOW_TO_SHOW,
         COMING_AND_GOING,
+        INHERITANCE,
     )
 }

@@ -32,7 +32,7 @@ from drsm_sdk.wire.subjects import Subjects
 from tests.simulation.database import Database, View
 from tests.simulation.loop import Node, VirtualLoop
 from tests.simulation.network import AgentBus, Network, PodTransport, Weather
-from tests.simulation.observer import POOL, Observer
+from tests.simulation.observer import POOL, Issue, Observer
 
 LIVENESS, ALLOCATION, LEADER = 2.5, 8.0, 1.0
 USAGE_LAG = 1.0
@@ -92,6 +92,8 @@ class Profile:
     rate: float = RATE
     extreme: bool = False
     """Every clock as wrong as it may be."""
+    cuts: tuple[float, ...] = (0.5, 2.0, 3.0, 4.0, 7.0, 12.0)
+    """For how many seconds somebody is cut off NATS."""
     pods: int = 3
     usage_lag: float = USAGE_LAG
 
@@ -122,13 +124,21 @@ class Machine:
 
 
 @dataclass(eq=False)
+class Context:
+    """What the application's database keeps of one id in use: a scan sees it from `visible` on."""
+
+    visible: float
+    issue: Issue
+
+
+@dataclass(eq=False)
 class PodActor:
     """An application: it allocates, keeps contexts in the application's database, releases."""
 
     machine: Machine
     drsm: Drsm
     transport: PodTransport
-    mine: dict[int, None] = field(default_factory=dict)
+    mine: dict[int, Context] = field(default_factory=dict)
     closing: bool = False
     left: bool = False
     waiting_since: float | None = None
@@ -188,8 +198,8 @@ class World:
         self.observer.liveness_left = self._liveness_left
         self.database.changed = self.observer.changed
         self.network.heard = self.observer.heard
-        self.contexts: dict[int, float] = {}
-        """What the application's database has: id -> when it became visible to a scan."""
+        self.contexts: dict[int, Context] = {}
+        """What the application's database has, by id."""
         self.pods: list[PodActor] = []
         self.agents: list[AgentActor] = []
         self.demuxes: list[DemuxActor] = []
@@ -398,20 +408,21 @@ class World:
             self.observer.broken("G1", f"{actor.machine.name} issued {id_} without a session")
             return
         left = life.leases.allocation_until - actor.machine.now()
-        self.observer.issue(id_, (actor.machine.name, life.incarnation), pool.grant(id_), left)
-        actor.mine[id_] = None
-        self.contexts[id_] = self.loop.time() + chance.uniform(0, self.profile.usage_lag * 0.9)
+        issue = self.observer.issue(id_, (actor.machine.name, life.incarnation), pool.grant(id_), left)
+        visible = self.loop.time() + chance.uniform(0, self.profile.usage_lag * 0.9)
+        actor.mine[id_] = self.contexts[id_] = Context(visible, issue)
 
     def _release(self, actor: PodActor, pool: Any, id_: int) -> None:
-        del actor.mine[id_]
+        context = actor.mine.pop(id_)
         try:
             if not pool.valid(id_):
                 return  # somebody else serves it now
             pool.release(id_)
         except (NotOwner, NotAllocated):
             return
-        self.contexts.pop(id_, None)
-        self.observer.release(id_)
+        if self.contexts.get(id_) is context:  # else another session has the id by now
+            del self.contexts[id_]
+        self.observer.release(id_, context.issue)
 
     async def _hear(self, actor: PodActor, pool: Any) -> None:
         async for news in pool.changes():
@@ -423,7 +434,7 @@ class World:
                 case change.Gained(_, chunks, True) | change.Scanned(_, chunks):
                     numbers = chunks if isinstance(chunks, tuple) else (chunks,)
                     for n in numbers:  # its sessions are ours to serve, from now on
-                        actor.mine |= dict.fromkeys(self._visible(n))
+                        actor.mine |= {id_: self.contexts[id_] for id_ in self._visible(n)}
 
     async def _in_use(self, first: int, last: int) -> list[int]:
         """The application's scan: what is visible when it is asked, told a little later."""
@@ -435,7 +446,9 @@ class World:
         """What the application's database shows of a chunk."""
         now = self.loop.time()
         return [
-            id_ for id_, visible in self.contexts.items() if id_ >> self.block_bits == n and visible <= now
+            id_
+            for id_, context in self.contexts.items()
+            if id_ >> self.block_bits == n and context.visible <= now
         ]
 
     def start_demux(self, name: str) -> None:
@@ -548,7 +561,7 @@ class World:
 
     def _cut(self, name: str, connection: Any) -> None:
         out, back = self.chance.choice([(True, True), (True, False), (False, True)])
-        seconds = self.chance.choice([0.5, 2.0, 3.0, 4.0, 7.0, 12.0])
+        seconds = self.chance.choice(self.profile.cuts)
         self.observer.note(name, f"is cut off NATS for {seconds:g} s (out {out}, back {back})")
         connection.cut(out=out, back=back, seconds=seconds)
 
