@@ -170,13 +170,6 @@ def _release_counts_at_once(self: Stock, chunk: Any, id_: int) -> None:
     _release_closed(self, chunk, id_)
 
 
-_chunk_guard = writes._chunk_guard
-
-
-def _guard_without_grant(chunk: Any) -> Document:
-    return {name: value for name, value in _chunk_guard(chunk).items() if name != "drsm.grant"}
-
-
 ABLATIONS: tuple[Ablation, ...] = (
     Ablation(
         "a mark is forgotten when its owner closes",
@@ -189,12 +182,6 @@ ABLATIONS: tuple[Ablation, ...] = (
         "5",
         INHERITANCE,
         ((Stock, "_release_closed", _release_counts_at_once),),
-    ),
-    Ablation(
-        "guards do not look at the grant",
-        "G1",
-        LATE_CLAIMS,
-        ((writes, "_chunk_guard", _guard_without_grant),),
     ),
     Ablation("leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),)),
     Ablation(

@@ -205,6 +205,10 @@ class Connection:
             self.network.node.later(PATIENCE, self._give_up, life)
         self.network.node.later(seconds, self._mend)
 
+    @property
+    def is_cut(self) -> bool:
+        return self.to_server.cut or self.to_client.cut
+
     def _give_up(self, life: object) -> None:
         if life is self._life and (self.to_server.cut or self.to_client.cut):
             self.drop()

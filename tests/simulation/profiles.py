@@ -35,7 +35,7 @@ CLOCKS = Profile(
 LATE_ANSWERS = Profile(
     "late-answers",
     faults={"cut_pod": 5, "freeze_pod": 3},
-    weather=Weather(slow=5.0, slowness=0.004, loss=0.5),
+    weather=Weather(slow=5.0, slowness=0.02, loss=0.2),
     pace=2.0,
     pods=4,
 )
@@ -94,11 +94,14 @@ COMING_AND_GOING = Profile(
 
 INHERITANCE = Profile(
     "inheritance",
-    faults={"cut_pod": 2, "close_pod": 3},
+    faults={"cut_pod": 1, "close_pod": 1},
     weather=Weather(),
-    cuts=(12.0, 14.0),
-    pace=1.5,
-    pods=4,
+    doubt=0.0,
+    lag=0.0,
+    stops=0.0,
+    cuts=(9.0,),
+    pace=1.0,
+    pods=6,
     usage_lag=0.5,
 )
 
