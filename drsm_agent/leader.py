@@ -17,11 +17,11 @@ import structlog
 
 from drsm_agent import cancellation
 from drsm_agent.core import writes
-from drsm_agent.core.documents import DEAD, Document
+from drsm_agent.core.documents import Document
 from drsm_agent.core.election import Election
 from drsm_agent.core.events import Version
 from drsm_agent.core.lease import Leases
-from drsm_agent.core.session import LivenessLeases
+from drsm_agent.core.session import LivenessLeases, full_leases
 from drsm_agent.core.table import Table
 from drsm_agent.endpoints import Endpoints
 from drsm_agent.errors import BusUnavailable, LeadLost, PositionLost, StoreUnavailable, Unheard, leaf
@@ -334,17 +334,7 @@ class Leader:
         return self._parts.clock() + wait
 
     def _full_leases(self, table: Table) -> LivenessLeases:
-        """Every session gets a full `L` from now on; superseded ones keep their chunks that long too."""
-        liveness = LivenessLeases()
-        alive = table.alive()
-        until = self._parts.clock() + self._parts.leases.effective_liveness(len(alive))
-        for session in alive:
-            liveness.extend(session.key, until)
-        for session in table.sessions.values():
-            if session.state == DEAD and session.reason == "superseded":
-                liveness.extend(session.key, until)
-                liveness.end([session.key], session.reason)
-        return liveness
+        return full_leases(table, self._parts.leases, self._parts.clock())
 
 
 async def _until_lost(state: State) -> None:

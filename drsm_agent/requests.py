@@ -86,11 +86,11 @@ class Requests:
         if session.state == DEAD:
             raise _lost(session.reason)
         await self._promise(session)
-        self._extend(session.key)
+        liveness_ms = self._extend(session.key)
         return m.Opened(
             incarnation=session.incarnation,
             definitions=self._defined(request.pools),
-            liveness_ms=self._liveness_ms(),
+            liveness_ms=liveness_ms,
             allocation_ms=_ms(holder_duration(self._leases.allocation)),
             renew_ms=_ms(self._renew_period()),
         )
@@ -106,11 +106,11 @@ class Requests:
     async def renew(self, request: m.Renew) -> m.Renewed:
         session = await self._living(request.pod, request.incarnation)
         await self._promise(session)
-        self._extend(session.key)
+        liveness_ms = self._extend(session.key)
         if use := {pool: use for pool, use in request.use.items() if pool in session.pools}:
             self._use[session.key] = use
         return m.Renewed(
-            liveness_ms=self._liveness_ms(),
+            liveness_ms=liveness_ms,
             allocation_ms=_ms(holder_duration(self._leases.allocation)),
             renew_ms=_ms(self._renew_period()),
             held={pool: self._held(pool, session.key) for pool in session.pools if pool in self._table.pools},
@@ -364,14 +364,13 @@ class Requests:
 
     # --- Leases -----------------------------------------------------------------------------------
 
-    def _extend(self, key: Key) -> None:
-        """Start the liveness lease anew, before the answer that promises it leaves (rule R2)."""
-        until = self._clock() + self._leases.effective_liveness(len(self._liveness))
-        if not self._liveness.extend(key, until):
+    def _extend(self, key: Key) -> int:
+        """Start the liveness lease anew, before the answer that promises it leaves (rule R2); returns what
+        the answer may promise, in milliseconds."""
+        lease = self._leases.effective_liveness(len(self._liveness))
+        if not self._liveness.extend(key, self._clock() + lease):
             raise _lost(self._liveness.ending(key) or "expired")
-
-    def _liveness_ms(self) -> int:
-        return _ms(holder_duration(self._leases.effective_liveness(len(self._liveness))))
+        return _ms(holder_duration(lease))
 
     def _renew_period(self) -> float:
         return renew_period(len(self._liveness))

@@ -7,6 +7,10 @@ of the write (rule R2). Times are seconds of the caller's clock.
 
 from collections.abc import Iterable
 
+from drsm_agent.core.documents import DEAD
+from drsm_agent.core.lease import Leases
+from drsm_agent.core.table import Table
+
 Key = tuple[str, int]
 
 
@@ -69,3 +73,20 @@ class LivenessLeases:
         """Everyone gets more time; always safe."""
         for key in self._deadlines:
             self.extend(key, until)
+
+
+def full_leases(table: Table, leases: Leases, now: float) -> LivenessLeases:
+    """What a new leader begins with (rule R6): every session gets a full `L` from now on; superseded ones
+    keep their chunks that long too.
+
+    The leader before may have promised more, if there were more pods then (rule R3): whoever died within
+    the hour still has a document, and counts.
+    """
+    liveness = LivenessLeases()
+    until = now + leases.effective_liveness(len(table.sessions))
+    for session in table.sessions.values():
+        if session.state != DEAD or session.reason == "superseded":
+            liveness.extend(session.key, until)
+        if session.state == DEAD and session.reason == "superseded":
+            liveness.end([session.key], session.reason)
+    return liveness

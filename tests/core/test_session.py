@@ -1,10 +1,15 @@
 """Liveness leases: who is due, who may renew, and when to look again."""
 
+from typing import Any
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from drsm_agent.core.session import Key, LivenessLeases
+from drsm_agent.core.documents import DEAD, LIVE, Session
+from drsm_agent.core.lease import Leases
+from drsm_agent.core.session import Key, LivenessLeases, full_leases
+from drsm_agent.core.table import Hashes, Table
 
 A, B, C = ("a", 1), ("b", 1), ("a", 2)
 
@@ -136,3 +141,28 @@ class AgainstAPlainModel(RuleBasedStateMachine):
 
 TestAgainstAPlainModel = AgainstAPlainModel.TestCase
 TestAgainstAPlainModel.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+
+
+def test_a_new_leader_counts_those_who_died_lately_into_the_lease_that_everyone_gets() -> None:
+    """R3: with 10,000 pods the last leader promised 25 s; that there are fewer now takes nothing back."""
+    table = Table([], 0, Hashes(ownership=lambda *_: 0, holding=lambda *_: 0))
+    table.load("drsm_sessions", [told("alive", LIVE)])
+    assert full_leases(table, Leases(3.0, 300.0, 3.0), now=100.0).next_deadline() == 103.0
+    table.load("drsm_sessions", [told(f"gone-{i}", DEAD) for i in range(9999)])
+    kept = full_leases(table, Leases(3.0, 300.0, 3.0), now=100.0)
+    assert (kept.next_deadline(), len(kept)) == (125.0, 1)
+
+
+def test_a_new_leader_keeps_the_chunks_of_superseded_ones_for_a_lease() -> None:
+    """They may still be routed to; but no renewal of theirs counts."""
+    table = Table([], 0, Hashes(ownership=lambda *_: 0, holding=lambda *_: 0))
+    table.load("drsm_sessions", [told("old", DEAD, "superseded"), told("closed", DEAD, "closed")])
+    kept = full_leases(table, Leases(3.0, 300.0, 3.0), now=100.0)
+    assert kept.ended() == {("old", 1): "superseded"}
+    assert [kept.lapsed(("old", 1), now) for now in (102.9, 103.0)] == [False, True]
+    assert kept.lapsed(("closed", 1), 100.0)
+
+
+def told(pod: str, state: str, reason: str = "") -> dict[str, Any]:
+    session = Session(pod, "10.0.0.1", "i", 1, 1, state, (), f"r-{pod}", 0, reason)
+    return dict(session.document)
