@@ -31,6 +31,10 @@ class Proxy:
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        with suppress(asyncio.CancelledError):  # of `stop`: asyncio complains of handlers that end so
+            await self._carry(reader, writer)
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await self._carrying.wait()
         server_reader, server_writer = await asyncio.open_connection(self._host, self._port)
         try:
@@ -53,8 +57,7 @@ class Proxy:
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
-        with suppress(asyncio.CancelledError):
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks)
 
 
 @asynccontextmanager
