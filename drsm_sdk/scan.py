@@ -13,11 +13,14 @@ from itertools import islice
 from typing import Any
 
 InUse = Callable[[int, int], Iterable[int] | AsyncIterable[int] | Awaitable[Iterable[int]]]
-"""Which ids from `first` to `last` (both included) are in use? Plain or async."""
+"""Which ids from `first` to `last` (both included) are in use? Plain or async. An async one shares the event
+loop: it must not block it, and must end when it is cancelled."""
 
 CONCURRENT = 4
 TIMEOUT = 30.0
 RETRY_FIRST, RETRY_MOST = 1.0, 60.0
+SAID_MAX = 500
+"""Characters of a failure's text that are logged and told."""
 
 
 class ScanError(Exception):
@@ -35,14 +38,10 @@ class Scanner:
 
     async def scan(self, first: int, last: int, begun: Callable[[], object]) -> frozenset[int]:
         """Ids in use. Calls `begun` right before the application's function is asked. Raises ScanError, and
-        whatever the function raises."""
+        whatever Exception the function raises."""
         async with self._slots:
             begun()
-            try:
-                async with asyncio.timeout(TIMEOUT):
-                    found = await self._ask(first, last)
-            except TimeoutError:
-                raise ScanError(f"in_use({first}, {last}) did not return within {TIMEOUT:g} s") from None
+            found = await self._in_time(first, last)
         return _checked(found, first, last)
 
     def close(self) -> None:
@@ -63,6 +62,30 @@ class Scanner:
         self._threads.add(thread)
         thread.start()
         return answer
+
+    async def _in_time(self, first: int, last: int) -> list[Any]:
+        """The function's answer. It may swallow a cancellation, and return what it had found until then: that
+        is no answer. One that it made up itself must not end the scan unseen."""
+        found: list[Any] = []
+        error: BaseException | None = None
+        limit = asyncio.timeout(TIMEOUT)
+        try:
+            async with limit:
+                found = await self._ask(first, last)
+        except (KeyboardInterrupt, SystemExit):
+            raise  # of an async function: the event loop ends, as with any task
+        except BaseException as raised:
+            error = raised
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError from error
+        if limit.expired():
+            raise ScanError(f"in_use({first}, {last}) did not return within {TIMEOUT:g} s") from error
+        if isinstance(error, Exception):
+            raise error
+        if error is not None:
+            raise _raised(first, last, error) from error
+        return found
 
     async def _ask(self, first: int, last: int) -> list[Any]:
         most = last - first + 2
@@ -88,7 +111,22 @@ def _run(answer: Future[Any], in_use: InUse, first: int, last: int, most: int) -
     try:
         answer.set_result(_called(in_use, first, last, most))
     except BaseException as error:
-        answer.set_exception(error)
+        # what asyncio cannot carry, or what would end the application's event loop
+        carried = isinstance(error, Exception) and not isinstance(error, StopIteration)
+        answer.set_exception(error if carried else _raised(first, last, error))
+
+
+def _raised(first: int, last: int, error: BaseException) -> ScanError:
+    return ScanError(f"in_use({first}, {last}) raised {said(error)}")
+
+
+def said(error: BaseException) -> str:
+    """An error of the application's as text, whatever its `__str__` does."""
+    try:
+        text = str(error)
+    except Exception as broken:
+        text = f"unreadable ({type(broken).__name__})"
+    return f"{type(error).__name__}: {text}"[:SAID_MAX]
 
 
 def _is_async(function: object) -> bool:
@@ -106,18 +144,18 @@ def _called(in_use: InUse, first: int, last: int, most: int) -> Any:
 
 def _listed(result: Any, most: int) -> list[Any]:
     """At most `most` items: a result without end must not fill the memory."""
-    if not isinstance(result, Iterable) or isinstance(result, str | bytes):
+    if not isinstance(result, Iterable) or isinstance(result, str | bytes | bytearray | memoryview):
         raise ScanError(f"expected in_use to return an iterable of ids, found {type(result).__name__}")
     return list(islice(result, most))
 
 
 def _checked(found: list[Any], first: int, last: int) -> frozenset[int]:
-    ids = frozenset(found)
     if len(found) > last - first + 1:
         raise ScanError(f"expected at most {last - first + 1} ids from {first} to {last}, found more")
-    for id_ in ids:
+    for id_ in found:  # before they are a set: there True and 1.0 are 1
         if type(id_) is not int:
             raise ScanError(f"expected ids as int, found {type(id_).__name__}")
         if not first <= id_ <= last:
-            raise ScanError(f"expected ids from {first} to {last}, found {id_}")
-    return ids
+            outside = id_ if id_.bit_length() <= 64 else f"one of {id_.bit_length()} bits"
+            raise ScanError(f"expected ids from {first} to {last}, found {outside}")
+    return frozenset(found)

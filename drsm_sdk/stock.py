@@ -27,7 +27,7 @@ old, and a pod takes up far fewer chunks in that time."""
 
 @dataclass(slots=True, eq=False)
 class Chunk:
-    """One held chunk. `released` is None until a scan began; then the ids that were released since."""
+    """One held chunk. `released` is None until a scan began; then the ids released since, in order."""
 
     n: int
     grant: str
@@ -39,7 +39,7 @@ class Chunk:
     free: deque[int]
     used: dict[int, float]  # id -> when it was issued; oldest first
     resting: int = 0
-    released: set[int] | None = None
+    released: dict[int, None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,25 +197,26 @@ class Stock:
         if chunk is None or chunk.open:
             return False
         if chunk.released is None:
-            chunk.released = set()
+            chunk.released = {}
         return True
 
     def finish_scan(self, n: int, grant: str, in_use: Iterable[int], now: float) -> tuple[int, int] | None:
-        """Open a closed chunk: `in_use` ids are issued, the rest is free, what was released meanwhile rests
-        first. Returns (issued, not issued); None if there was nothing to scan."""
+        """Open a closed chunk: `in_use` ids are issued, the rest is free; what was released meanwhile rests
+        first, or comes last. Returns (issued, not issued); None if there was nothing to scan."""
         chunk = self.get(n, grant)
         if chunk is None or chunk.open:
             return None
-        released = chunk.released or set()
+        released = chunk.released or {}
         ids = self.definition.ids(n)
-        used = set(in_use) - released
+        used = set(in_use) - released.keys()
         chunk.used = {id_: now for id_ in ids if id_ in used}
         chunk.open, chunk.released, chunk.hold_until = True, None, None
         chunk.empty_since = now
-        rests = released if self._quarantine else set()
-        self._open(chunk, [id_ for id_ in ids if id_ not in used and id_ not in rests])
-        for id_ in sorted(rests):
-            self._rest(chunk, id_, now)
+        fresh = [id_ for id_ in ids if id_ not in used and id_ not in released]
+        self._open(chunk, fresh if self._quarantine else [*fresh, *released])
+        if self._quarantine:
+            for id_ in released:
+                self._rest(chunk, id_, now)
         return len(chunk.used), len(ids) - len(chunk.used)
 
     def unreported(self) -> list[Chunk]:
@@ -325,7 +326,7 @@ class Stock:
             return
         if id_ in chunk.released:
             raise NotAllocated(self.definition.name, id_)
-        chunk.released.add(id_)
+        chunk.released[id_] = None
 
     def _not_issued(self, id_: int) -> Exception:
         excluded = self.definition.excluded(id_)

@@ -15,7 +15,7 @@ from drsm_sdk import demand
 from drsm_sdk.ambient import Backoff
 from drsm_sdk.changes import Change, Gained, GivenBack, Lost, ScanFailed, Scanned, ranges
 from drsm_sdk.errors import AgentUnavailable, BadRequest, DrsmError, PoolExhausted
-from drsm_sdk.scan import RETRY_FIRST, RETRY_MOST, Scanner
+from drsm_sdk.scan import RETRY_FIRST, RETRY_MOST, Scanner, said
 from drsm_sdk.session import Life, Listed, Session
 from drsm_sdk.stock import Chunk, Stock
 from drsm_sdk.wire import messages as wire
@@ -296,9 +296,9 @@ class Supply:
                     first, last, lambda: self.stock.begin_scan(chunk.n, chunk.grant)
                 )
             except Exception as error:  # whatever the application's function raises
-                said = f"{type(error).__name__}: {error}"
-                log.warning("pool %s: scan %d of chunk %d failed: %s", self.name, attempt, chunk.n, said)
-                self._told(ScanFailed(self.name, chunk.n, attempt, said))
+                text = said(error)
+                log.warning("pool %s: scan %d of chunk %d failed: %s", self.name, attempt, chunk.n, text)
+                self._told(ScanFailed(self.name, chunk.n, attempt, text))
             await asyncio.sleep(backoff.delay())
         return frozenset()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from drsm_agent.demo.contexts import Contexts
+from drsm_agent.demo.process import PodProcess
 from drsm_sdk import Demux, Drsm, Pod
 from drsm_sdk.wire import messages as m
 from tests.acceptance.test_original_list import demux_of, pod, pod_process
@@ -37,9 +38,9 @@ class Claims:
         while not numbers <= self.owners.keys():
             change = await self._stream.next()
             updated = change["updateDescription"]["updatedFields"]
-            if "podId" in updated or "drsm" in updated:
+            if "podId" in updated:
                 n = int(change["documentKey"]["_id"].removeprefix("chunkid-"))
-                self.owners.setdefault(n, []).append(updated.get("podId", ""))
+                self.owners.setdefault(n, []).append(updated["podId"])
 
     async def settle(self) -> None:
         """Everything that is in the stream by now."""
@@ -118,10 +119,11 @@ async def test_a_pod_that_was_stopped_beyond_its_lease_never_issues_an_id_again_
         pod_process(domain, "amf-2", tmp_path) as survivor,
     ):
         first = (await paused.heard("joined"))["incarnation"]
-        await paused.ask("allocate 300", "allocated")
+        shared = (await paused.ask("allocate 300", "allocated"))["chunks"]
         paused.pause()
-        await survivor.heard("scanned")
-        await survivor.ask("allocate 600", "allocated")
+        await eventually(lambda: found_in_use(survivor) == 300)
+        more = await survivor.ask("allocate 1500", "allocated", timeout=60)  # beyond its own first chunk
+        assert set(shared) < set(more["chunks"])
         paused.resume()
         renewed = await paused.heard("session_renewed")
         assert renewed["incarnation"] > first
@@ -129,7 +131,11 @@ async def test_a_pod_that_was_stopped_beyond_its_lease_never_issues_an_id_again_
             paused.ask("allocate 100", "allocated", timeout=60), survivor.ask("allocate 100", "allocated")
         )
         assert len(contexts.of("amf-1")) == 400
-        assert len(contexts.of("amf-2")) == 700
+        assert len(contexts.of("amf-2")) == 1600
+
+
+def found_in_use(pod: PodProcess) -> int:
+    return sum(line["in_use"] for line in pod.said if line["say"] == "scanned")
 
 
 async def test_what_died_while_nobody_lived_goes_to_the_first_that_comes(

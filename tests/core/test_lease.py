@@ -4,8 +4,9 @@ import math
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from drsm_agent.core.lease import (
     CHECK,
@@ -15,9 +16,13 @@ from drsm_agent.core.lease import (
     holder_duration,
     renew_period,
 )
+from drsm_agent.core.session import LivenessLeases
+from drsm_sdk.lease import Leases as PodLeases
 
 RATES = st.one_of(st.floats(1 - RATE, 1 + RATE), st.sampled_from([1 - RATE, 1.0, 1 + RATE]))
 LEASES = st.one_of(st.floats(0.5, 100_000), st.sampled_from([1.0, 2.5, 3.0, 300.0]))
+
+KEY = ("amf-1", 1)
 
 
 def effect(held: float, holder_rate: float, sent: float, delay: float) -> float:
@@ -60,6 +65,79 @@ def test_counting_from_receipt_would_not_be_safe(lease: float, answer_transit: f
     """The grantor counts from when it took the request: a holder that counts from the answer is late."""
     last = effect(holder_duration(lease), 1 - RATE, answer_transit, CHECK)
     assert last > freed(lease, 1 + RATE, 0)
+
+
+class TwoDriftingClocks(RuleBasedStateMachine):
+    """A pod and the leader, each with the class that it counts with. Either clock runs at any rate within
+    `r`, another one each moment; requests and answers are lost, late, doubled and reordered; the number of
+    pods, and with it `L`, changes. In between any time may pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pod_clock = self.leader_clock = 1000.0
+        self.pod = PodLeases()
+        self.leader = LivenessLeases()
+        self.leases = Leases(liveness=3.0, allocation=7.0, leader=1.0)
+        self.may_issue_until = float("-inf")  # the allocation lease, as the leader counts it
+        self.requests: list[float] = []  # on the pod's clock
+        self.answers: list[tuple[float, int, int]] = []
+        self.over = False
+
+    @rule(seconds=st.floats(0, 4), rates=st.tuples(RATES, RATES))
+    def time_passes(self, seconds: float, rates: tuple[float, float]) -> None:
+        self.pod_clock += seconds * rates[0]
+        self.leader_clock += seconds * rates[1]
+
+    @rule(liveness=st.booleans(), rates=st.sampled_from([(1 - RATE, 1 + RATE), (1.0, 1.0)]))
+    def time_passes_up_to_the_pods_deadline(self, liveness: bool, rates: tuple[float, float]) -> None:
+        """Where it matters most: the pod's clock as slow, the leader's as fast as can be."""
+        deadline = self.pod.liveness_until if liveness else self.pod.allocation_until
+        if deadline > self.pod_clock:
+            seconds = (deadline - self.pod_clock) / rates[0]
+            self.pod_clock = deadline - 1e-7
+            self.leader_clock += seconds * rates[1]
+
+    @rule()
+    def the_pod_asks(self) -> None:
+        self.requests.append(self.pod_clock)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), pods=st.sampled_from([1, 1300, 3000]))
+    def the_leader_hears(self, data: st.DataObject, pods: int) -> None:
+        """Any request that was ever sent. The lease is extended before the answer leaves."""
+        sent = data.draw(st.sampled_from(self.requests))
+        lease = self.leases.effective_liveness(pods)
+        if self.leader.extend(KEY, self.leader_clock + lease):
+            self.may_issue_until = max(self.may_issue_until, self.leader_clock + self.leases.allocation)
+            liveness, allocation = holder_duration(lease), holder_duration(self.leases.allocation)
+            self.answers.append((sent, int(liveness * 1000), int(allocation * 1000)))
+
+    @precondition(lambda self: self.answers)
+    @rule(data=st.data())
+    def the_pod_hears(self, data: st.DataObject) -> None:
+        """Any answer that was ever given."""
+        self.pod.granted(*data.draw(st.sampled_from(self.answers)))
+
+    @rule()
+    def the_leader_judges(self) -> None:
+        if due := self.leader.due(self.leader_clock):
+            self.leader.end(due, "expired")
+            self.over = True
+
+    @invariant()
+    def whatever_the_pod_may_begin_takes_effect_before_its_lease_is_over(self) -> None:
+        """A check now, an effect `D` later, on a leader's clock that is as fast as can be."""
+        effect = self.leader_clock + CHECK * (1 + RATE) - 1e-6
+        state = self.pod.state(self.pod_clock)
+        if state == "live":
+            assert not self.over
+            assert not self.leader.lapsed(KEY, effect)
+        if state != "lapsed":
+            assert effect < self.may_issue_until
+
+
+TestTwoDriftingClocks = TwoDriftingClocks.TestCase
+TestTwoDriftingClocks.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 
 
 @pytest.mark.parametrize(

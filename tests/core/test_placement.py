@@ -63,6 +63,58 @@ def test_a_plan_repeats_itself(orphans: list[Chunk], living: dict[Owner, int], c
     assert plan(shuffled, dict(pods)) == plan(orphans, living)
 
 
+NAMED = st.dictionaries(st.integers(0, 40), st.sampled_from("abcdxyz"), max_size=25).map(
+    lambda names: [orphan(n, name) for n, name in names.items()]
+)
+ANYBODY = st.dictionaries(
+    st.builds(pod, st.sampled_from("abcdef"), st.integers(0, 3)), st.integers(0, 12), max_size=8
+)
+
+
+def naively(orphans: list[Chunk], living: dict[Owner, int]) -> list[Placed]:
+    """The rule in plain words: look at everybody for every orphan."""
+    owned = {owner: count for owner, count in living.items() if owner.incarnation}
+    placed: dict[int, Placed] = {}
+    for chunk in orphans:
+        mine = [owner for owner in owned if owner.name == chunk.pod]
+        if mine:
+            latest = max(mine, key=lambda owner: owner.incarnation)
+            owned[latest] += 1
+            placed[chunk.n] = Placed(chunk, latest)
+    for chunk in sorted(orphans, key=lambda chunk: chunk.n):
+        if owned and chunk.n not in placed:
+            fewest = min(sorted(owned), key=lambda owner: owned[owner])
+            owned[fewest] += 1
+            placed[chunk.n] = Placed(chunk, fewest)
+    return [placed[n] for n in sorted(placed)]
+
+
+@given(NAMED, ANYBODY, st.randoms())
+def test_a_plan_is_what_the_rule_says(
+    orphans: list[Chunk], living: dict[Owner, int], chance: random.Random
+) -> None:
+    """With namesakes of several lives, Go pods, or nobody; in whatever order they are listed."""
+    pods = list(living.items())
+    expected = naively(orphans, living)
+    chance.shuffle(pods)
+    chance.shuffle(orphans)
+    assert plan(orphans, dict(pods)) == expected
+    sdk = [owner for owner in living if owner.incarnation]
+    assert len(expected) == (len(orphans) if sdk else 0)
+
+
+@given(NAMED, ANYBODY)
+def test_beside_namesakes_the_load_is_balanced_within_one(
+    orphans: list[Chunk], living: dict[Owner, int]
+) -> None:
+    """Whoever got a stranger's chunk has at most one more than the least loaded."""
+    placed = plan(orphans, living)
+    gained = Counter(claim.owner for claim in placed)
+    after = {owner: count + gained[owner] for owner, count in living.items() if owner.incarnation}
+    strangers = {claim.owner for claim in placed if claim.owner.name != claim.orphan.pod}
+    assert max((after[owner] for owner in strangers), default=0) <= min(after.values(), default=0) + 1
+
+
 def test_equal_load_is_broken_by_name() -> None:
     """Lowest number to the lowest name."""
     assert plan([orphan(2), orphan(1), orphan(3)], {pod("b"): 0, pod("a"): 0}) == [
@@ -157,3 +209,34 @@ def test_a_chain_of_owners_never_shortens_a_hold(ends: list[tuple[str, int, bool
         chunk, marked = orphan(1, marked=True, hold=hold), True
         if scanned:
             chunk, needed, marked = orphan(1), 0, False
+
+
+LIVES = st.tuples(
+    st.sampled_from(["closed", "expired", "superseded"]),
+    st.integers(1, 10),  # the A that it was promised
+    st.integers(0, 25),  # how long it owned the chunk
+)
+
+
+@given(st.lists(LIVES, min_size=1, max_size=6), st.integers(1, 10), st.integers(0, 10))
+def test_nothing_is_issued_anew_while_a_former_owner_may_issue_or_what_it_issued_is_not_visible(
+    lives: list[tuple[str, int, int]], today: int, lag: int
+) -> None:
+    """Owner after owner, in time. One issues from a chunk that came unmarked, or once its hold is over and
+    it was scanned; the last time it may is when it closed, or at the end of the lease that it was promised
+    when it died. Whoever scans must see all of that, `W` later."""
+    now, opens = 0, 0
+    visible = 0  # when everything that any owner may have issued can be seen
+    chunk = orphan(1)
+    for reason, promised, owned in lives:
+        died = now + owned
+        scanned = died >= opens
+        if scanned:
+            chunk = orphan(1)
+            stopped = died if reason == "closed" else died + promised
+            visible = max(visible, stopped + lag)
+        now = died
+        hold = hold_ms(chunk, former(reason, promised), today, lag)
+        chunk = orphan(1, marked=True, hold=hold)
+        opens = now + hold
+        assert opens >= visible

@@ -10,9 +10,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from drsm_agent.core.documents import Chunk, Drsm, Owner, Session
-from drsm_agent.core.events import ALLOCATED, CLAIMED, DOWN, RELEASED, SCANNED, UP, Event
+from drsm_agent.core.events import ALLOCATED, CLAIMED, DOWN, RELEASED, SCANNED, UP, Event, coalesce
 from drsm_agent.core.table import SESSIONS, STAMPS, Change, Hashes, Table
+from drsm_agent.relay import event_body
+from drsm_agent.snapshots import snapshot_pages
+from drsm_sdk.mirror import Mirror, Verdict
+from drsm_sdk.pods import Owner as MirrorOwner
+from drsm_sdk.snapshot import Pages
 from drsm_sdk.wire.checksum import holding, ownership
+from drsm_sdk.wire.definition import Definition
+from drsm_sdk.wire.messages import EventHead, Stamp, Sync
 
 HASHES = Hashes(ownership=ownership, holding=holding)
 AMF_1 = Owner("amf-1", "10.0.0.7", "nf-1", 5)
@@ -442,9 +449,15 @@ def test_only_what_is_dead_does_not_live() -> None:
 POOLS = ("amfid", "tmsi")
 _POOL = st.sampled_from(POOLS)
 _N = st.integers(0, 4)
+_NUMBERS = st.lists(_N, min_size=1, max_size=3, unique=True)
 _STEP = st.sampled_from([0, 0, 1, 5])
 _SDK = [Owner(name, f"10.0.0.{i}", "nf", 10 + i) for i, name in enumerate(("a", "b", "a"))]
 _GO = [Owner(name, f"10.1.0.{i}", "", 0) for i, name in enumerate(("a", "g"))]
+
+
+def event_owner(owner: Owner) -> MirrorOwner:
+    """An owner as the SDK shows it."""
+    return MirrorOwner(owner.name, owner.ip, owner.instance, owner.incarnation)
 
 
 class Consumer:
@@ -491,6 +504,10 @@ class TableAgainstDocuments(RuleBasedStateMachine):
         self.consumers = {pool: Consumer() for pool in POOLS}
         self.late: Table | None = None
         self.late_heard: dict[str, Event] = {}
+        self.mirrors = {pool: Mirror() for pool in POOLS}
+        self.unpublished: dict[str, list[Event]] = {pool: [] for pool in POOLS}
+        for pool in POOLS:
+            self.take_snapshot(pool, 1 << 20)
 
     def _change(self, step: int, change: Change) -> None:
         self.part = 0 if step else self.part + 1
@@ -502,6 +519,7 @@ class TableAgainstDocuments(RuleBasedStateMachine):
         for event in events:
             assert (event.version, event.token) == ((self.at, self.part), change.token)
             self.consumers[event.pool].hear(event)
+            self.unpublished[event.pool].append(event)
         assert len({event.pool for event in events}) == len(events)
         if self.late:
             heard = self.late.apply(change)
@@ -536,11 +554,13 @@ class TableAgainstDocuments(RuleBasedStateMachine):
         del self.documents[space, key]
         self._change(step, gone(space, key, 0))
 
-    @rule(step=_STEP, pool=_POOL, n=_N, owner=st.sampled_from(_SDK + _GO))
-    def allocate(self, step: int, pool: str, n: int, owner: Owner) -> None:
-        """A free chunk gets its first owner."""
-        if (pool, f"chunkid-{n}") not in self.documents:
-            document = {"_id": f"chunkid-{n}", "type": "chunk", "chunkId": f"chunkid-{n}"}
+    @rule(step=_STEP, pool=_POOL, numbers=_NUMBERS, owner=st.sampled_from(_SDK + _GO))
+    def allocate(self, step: int, pool: str, numbers: list[int], owner: Owner) -> None:
+        """Free chunks get their first owner."""
+        for n in numbers:
+            if (pool, f"chunkid-{n}") in self.documents:
+                continue
+            document: dict[str, Any] = {"_id": f"chunkid-{n}", "type": "chunk", "chunkId": f"chunkid-{n}"}
             document |= {"podId": owner.name, "podInstance": owner.instance, "podIp": owner.ip}
             self._put(step, pool, document | self._drsm(owner, marked=False))
 
@@ -556,12 +576,13 @@ class TableAgainstDocuments(RuleBasedStateMachine):
         rest = {"grant": self._grant(), "marked": marked, "hold_ms": 9 if marked else 0}
         return {"drsm": who | rest | {"request_id": "" if marked else f"rq-{self.tokens % 3}"}}
 
-    @rule(step=_STEP, pool=_POOL, n=_N, owner=st.sampled_from(_SDK + _GO))
-    def claim(self, step: int, pool: str, n: int, owner: Owner) -> None:
+    @rule(step=_STEP, pool=_POOL, numbers=_NUMBERS, owner=st.sampled_from(_SDK + _GO))
+    def claim(self, step: int, pool: str, numbers: list[int], owner: Owner) -> None:
         """By the agent, with a new grant and the mark; or by a Go pod, which sets three fields."""
-        if (pool, f"chunkid-{n}") in self.documents:
-            fields = {"podId": owner.name, "podInstance": owner.instance, "podIp": owner.ip}
-            self._update(step, pool, f"chunkid-{n}", **fields, **self._drsm(owner, marked=True))
+        for n in numbers:
+            if (pool, f"chunkid-{n}") in self.documents:
+                fields = {"podId": owner.name, "podInstance": owner.instance, "podIp": owner.ip}
+                self._update(step, pool, f"chunkid-{n}", **fields, **self._drsm(owner, marked=True))
 
     @rule(step=_STEP, pool=_POOL, n=_N)
     def clear(self, step: int, pool: str, n: int) -> None:
@@ -628,6 +649,30 @@ class TableAgainstDocuments(RuleBasedStateMachine):
         if (pool, name) in self.documents:
             self._delete(step, pool, name)
 
+    @rule(pool=_POOL, payload=st.sampled_from([300, 1 << 20]))
+    def take_snapshot(self, pool: str, payload: int) -> None:
+        """A demux takes one, in one page or many; what happened before may still be published later."""
+        pages = Pages()
+        for page in snapshot_pages(self.table.pools[pool], Definition(name=pool), payload):
+            whole = pages.add(Stamp("agent", 1, "h"), page)
+        assert whole is not None
+        assert whole.marked == self.table.pools[pool].marked
+        assert self.mirrors[pool].load(whole)
+
+    @rule(pool=_POOL, most=st.sampled_from([1, 2, 1000]))
+    def publish(self, pool: str, most: int) -> None:
+        """What happened since goes out, neighbours as one event; then a sync, which the demux confirms."""
+        mirror, table = self.mirrors[pool], self.table.pools[pool]
+        held = mirror.version
+        for event in coalesce(self.unpublished[pool], most=most):
+            head = EventHead(pool, event.version, event.prev, "agent", 1, "h", 0)
+            verdict = mirror.apply(head, event_body(event))
+            assert verdict is (Verdict.APPLIED if event.version > held else Verdict.DROPPED)
+        self.unpublished[pool] = []
+        sync = Sync(len(table.live), len(table.chunks), table.checksum)
+        head = EventHead(pool, table.version, table.version, "agent", 1, "h", 0)
+        assert mirror.apply(head, sync) is Verdict.CONFIRMED
+
     @precondition(lambda self: self.late is None and self.at > V)
     @rule()
     def load_another(self) -> None:
@@ -670,6 +715,22 @@ class TableAgainstDocuments(RuleBasedStateMachine):
                 sums = sum(holding(n, grants[n], n in marked) for n in numbers)
                 assert table.held[held].checksum == sums % 2**64
 
+    @invariant()
+    def a_mirror_that_heard_everything_is_what_the_documents_say(self) -> None:
+        """Whose each chunk is, and who is up; it knows nobody else."""
+        for pool, mirror in self.mirrors.items():
+            table = self.table.pools[pool]
+            if mirror.version != table.version:
+                assert mirror.version < table.version
+                continue
+            owners = {n: event_owner(owner) for n, owner in self.consumers[pool].owners.items()}
+            assert {n: replace(owner, state="live") for n, owner in mirror.chunks().items()} == owners
+            living = {event_owner(owner) for owner in self._living(pool).values()}
+            everybody = living | set(owners.values())
+            assert {(replace(owner, state="live"), owner.state) for owner in mirror.pods()} == {
+                (owner, "live" if owner in living else "down") for owner in everybody
+            }
+
     def _living(self, pool: str) -> dict[tuple[str, int], Owner]:
         living: dict[tuple[str, int], Owner] = {}
         for (space, _), document in self.documents.items():
@@ -696,4 +757,4 @@ class TableAgainstDocuments(RuleBasedStateMachine):
 
 
 TestTableAgainstDocuments = TableAgainstDocuments.TestCase
-TestTableAgainstDocuments.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestTableAgainstDocuments.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)

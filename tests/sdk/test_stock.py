@@ -1,14 +1,14 @@
-"""One pool's ids in a pod, against a model of plain sets."""
+"""One pool's ids in a pod, against a model of plain lists."""
 
-from collections import Counter
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from drsm_sdk.errors import NotAllocated, NotOwner
-from drsm_sdk.stock import SEEN_MAX, Stock
+from drsm_sdk.stock import SEEN_MAX, Level, Stock
 from drsm_sdk.wire.checksum import MODULUS, holding
 from drsm_sdk.wire.definition import Definition
 
@@ -199,6 +199,17 @@ def test_what_was_released_during_a_scan_still_rests() -> None:
     assert stock.take(12.0) == 8
 
 
+def test_what_was_released_during_a_scan_comes_last_in_the_order_of_its_release() -> None:
+    """As everywhere: a late message may still mean the one who had it."""
+    stock = Stock(SMALL)
+    stock.add(1, grant(1), 0.0, hold_until=5.0)
+    stock.begin_scan(1, grant(1))
+    stock.release(11, 6.0)
+    stock.release(9, 6.0)
+    stock.finish_scan(1, grant(1), {9, 10}, 7.0)
+    assert taken(stock, 5) == [8, 12, 13, 11, 9]
+
+
 def test_a_chunk_stays_marked_until_the_agent_confirmed_the_scan() -> None:
     stock = Stock(SMALL)
     stock.add(1, grant(1), 0.0, hold_until=5.0)
@@ -262,125 +273,320 @@ def test_a_chunk_may_come_back_under_a_new_grant_while_the_old_release_is_unansw
 # --- everything together ----------------------------------------------------------------------------
 
 
-class StockAgainstSets(RuleBasedStateMachine):
-    """Any sequence of calls; the model keeps plain sets of ids, and per chunk what may be issued when."""
+@dataclass
+class Held:
+    """A chunk as the model sees it: four plain lists, in order."""
 
-    ids = Bundle("ids")
+    n: int
+    grant: str
+    marked: bool
+    open: bool
+    empty_since: float
+    free: list[int] = field(default_factory=list)
+    issued: dict[int, float] = field(default_factory=dict)
+    resting: list[int] = field(default_factory=list)
+    released: list[int] | None = None
 
-    def __init__(self) -> None:
-        super().__init__()
+
+QUICK = Definition(name="p", bits=10, block_bits=3, slots=6, reserved=((10, 11), (20, 30)))
+NUMBERS = st.integers(0, 4)
+ANY_ID = st.one_of(st.integers(0, 39), st.sampled_from([-1, 500, 1 << 70]))
+
+
+class StockAgainstAPlainModel(RuleBasedStateMachine):
+    """Any sequence of calls, against plain lists that say which id must come next."""
+
+    @initialize(
+        definition=st.sampled_from([SMALL, QUICK, RESTING]),
+        marks=st.lists(st.booleans(), max_size=4),
+        issued=st.integers(0, 24),
+    )
+    def start(self, definition: Definition, marks: list[bool], issued: int) -> None:
+        """In the midst of it: some chunks are held already, some ids issued, the scans have begun."""
+        self.definition = definition
+        self.quarantine = definition.quarantine_ms / 1000
         self.now = 0.0
-        self.stock = Stock(RESTING)
+        self.stock = Stock(definition)
         self.grants = 0
-        self.held: dict[int, str] = {}
-        self.closed: set[int] = set()
-        self.issued: set[int] = set()
-        self.ready_at: dict[int, float] = {}  # issuable ids, and from when on
-        self.times: Counter[int] = Counter()
+        self.held: list[Held] = []  # in the order in which they came
+        self.current: Held | None = None
+        self.resting: list[tuple[float, Held, int]] = []
+        self.over: list[tuple[int, str]] = []
+        self.retired: list[tuple[int, str]] = []
+        self.drawn = 0
+        for n, marked in enumerate(marks):
+            self.gain(n, marked)
+        for chunk in self.closed():
+            self.stock.begin_scan(chunk.n, chunk.grant)
+            chunk.released = []
+        self.take(issued)
 
-    def of(self, n: int) -> set[int]:
-        return set(RESTING.ids(n))
+    def find(self, n: int) -> Held | None:
+        return next((chunk for chunk in self.held if chunk.n == n), None)
 
-    @rule(passed=st.floats(0.0, 3.0))
+    def closed(self) -> list[Held]:
+        return [chunk for chunk in self.held if not chunk.open]
+
+    def some(self, data: st.DataObject) -> Held:
+        return data.draw(st.sampled_from(self.held))
+
+    # --- the model's two rules: which id comes next, and when a released one is free ---------------
+
+    def next_id(self) -> int | None:
+        """Of the chunk in use as long as it lasts, then of the fullest, of these the one held longest."""
+        if self.current is None or not self.current.free:
+            left = [chunk for chunk in self.held if chunk.free]
+            if not left:
+                return None
+            self.current = max(left, key=lambda chunk: len(chunk.issued))
+        return self.current.free[0]
+
+    def thaw(self) -> None:
+        for rested in [rested for rested in self.resting if rested[0] <= self.now]:
+            _, chunk, id_ = rested
+            self.resting.remove(rested)
+            chunk.resting.remove(id_)
+            chunk.free.append(id_)
+            self.drawn -= 1
+
+    def rest(self, chunk: Held, id_: int) -> None:
+        chunk.resting.append(id_)
+        self.resting.append((self.now + self.quarantine, chunk, id_))
+
+    def forget(self, chunk: Held) -> None:
+        self.held.remove(chunk)
+        self.over.append((chunk.n, chunk.grant))
+        self.resting = [rested for rested in self.resting if rested[1] is not chunk]
+        if self.current is chunk:
+            self.current = None
+
+    # --- single ids ---------------------------------------------------------------------------------
+
+    @rule(passed=st.sampled_from([0.0, 0.5, 2.5, 5.0, 60.0]))
     def time_passes(self, passed: float) -> None:
         self.now += passed
 
-    @rule(n=st.integers(0, 5), marked=st.booleans())
-    def take_up(self, n: int, marked: bool) -> None:
+    @rule(count=st.sampled_from([1, 3, 7, 30]))
+    def take(self, count: int) -> None:
+        for _ in range(count):
+            self.thaw()
+            expected = self.next_id()
+            assert self.stock.take(self.now) == expected
+            if expected is not None and self.current is not None:
+                del self.current.free[0]
+                self.current.issued[expected] = self.now
+                self.drawn += 1
+
+    @rule()
+    def take_and_put_back(self) -> None:
+        self.thaw()
+        id_ = self.stock.take(self.now)
+        assert id_ == self.next_id()
+        if id_ is not None:
+            self.stock.put_back(id_)
+
+    @rule()
+    def look_for_rested_ids(self) -> None:
+        before = sum(len(chunk.free) for chunk in self.held)
+        self.thaw()
+        assert self.stock.thaw(self.now) == sum(len(chunk.free) for chunk in self.held) - before
+
+    @rule(id_=ANY_ID)
+    def release_any(self, id_: int) -> None:
+        """Mostly what cannot be: another's, never issued, or released before."""
+        chunk = self.find(id_ >> self.definition.block_bits)
+        if chunk is None or id_ not in self.definition.ids(chunk.n):
+            with pytest.raises(NotOwner):
+                self.stock.release(id_, self.now)
+        elif id_ in chunk.issued or (not chunk.open and id_ not in (chunk.released or ())):
+            self.let_go(chunk, id_)
+        else:
+            with pytest.raises(NotAllocated):
+                self.stock.release(id_, self.now)
+
+    @rule(data=st.data(), most=st.integers(1, 12))
+    def release_issued(self, data: st.DataObject, most: int) -> None:
+        """Of any chunks, in any order."""
+        issued = [(chunk, id_) for chunk in self.held for id_ in chunk.issued]
+        for chunk, id_ in data.draw(st.permutations(issued))[:most]:
+            self.let_go(chunk, id_)
+
+    def let_go(self, chunk: Held, id_: int) -> None:
+        self.stock.release(id_, self.now)
+        if not chunk.open:
+            if chunk.released is not None:
+                chunk.released.append(id_)
+            return
+        del chunk.issued[id_]
+        if not chunk.issued:
+            chunk.empty_since = self.now
+        if self.quarantine:
+            self.rest(chunk, id_)
+        else:
+            chunk.free.append(id_)
+            self.drawn -= 1
+
+    # --- chunks -------------------------------------------------------------------------------------
+
+    @rule(n=NUMBERS, marked=st.booleans())
+    def gain(self, n: int, marked: bool) -> None:
         self.grants += 1
-        added = self.stock.add(n, grant(self.grants), self.now, self.now if marked else None)
-        assert (added is None) == (n in self.held)
+        added = self.stock.add(n, grant(self.grants), self.now, self.now + 9 if marked else None)
+        assert (added is None) == (self.find(n) is not None)
         if added is not None:
-            self.held[n] = grant(self.grants)
-            if marked:
-                self.closed.add(n)
-            else:
-                self.ready_at |= dict.fromkeys(self.of(n), self.now)
+            chunk = Held(n, grant(self.grants), marked, not marked, self.now)
+            chunk.free = [] if marked else self.definition.ids(n)
+            self.held.append(chunk)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), marked=st.booleans())
+    def gain_anew(self, data: st.DataObject, marked: bool) -> None:
+        """A chunk that is held comes by another grant: the old one must be over."""
+        chunk = self.some(data)
+        assert self.stock.drop(chunk.n) == list(chunk.issued)
+        self.forget(chunk)
+        self.gain(chunk.n, marked)
+
+    @rule(data=st.data(), marked=st.booleans())
+    def hear_of_a_grant_again(self, data: st.DataObject, marked: bool) -> None:
+        """Doubled or late: of a chunk that is held, or was."""
+        known = [*self.over, *((chunk.n, chunk.grant) for chunk in self.held)]
+        if known:
+            n, said = data.draw(st.sampled_from(known))
+            assert self.stock.seen(n, said)
+            assert self.stock.add(n, said, self.now, self.now if marked else None) is None
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def drop(self, data: st.DataObject) -> None:
-        n = data.draw(st.sampled_from(sorted(self.held)))
-        assert set(self.stock.drop(n)) == self.issued & self.of(n)
-        self.forget(n)
+        chunk = self.some(data)
+        assert self.stock.drop(chunk.n) == list(chunk.issued)
+        self.forget(chunk)
 
-    def forget(self, n: int) -> None:
-        del self.held[n]
-        self.closed.discard(n)
-        self.issued -= self.of(n)
-        for id_ in self.of(n):
-            self.ready_at.pop(id_, None)
-
-    @precondition(lambda self: self.closed)
+    @precondition(lambda self: self.closed())
     @rule(data=st.data())
-    def scan(self, data: st.DataObject) -> None:
-        n = data.draw(st.sampled_from(sorted(self.closed)))
-        in_use = data.draw(st.sets(st.sampled_from(sorted(self.of(n)))))
-        assert self.stock.begin_scan(n, self.held[n])
-        assert self.stock.finish_scan(n, self.held[n], in_use, self.now)
-        self.stock.set_mark(n, self.held[n], marked=False)
-        self.closed.discard(n)
-        self.issued |= in_use
-        self.ready_at |= dict.fromkeys(self.of(n) - in_use, self.now)
+    def begin_scan(self, data: st.DataObject) -> None:
+        """For the first time, or again after a failure."""
+        chunk = data.draw(st.sampled_from(self.closed()))
+        assert self.stock.begin_scan(chunk.n, chunk.grant)
+        assert not self.stock.begin_scan(chunk.n, "another")
+        if chunk.released is None:
+            chunk.released = []
 
-    @rule(target=ids)
-    def take(self) -> int:
-        id_ = self.stock.take(self.now)
-        issuable = {i for i, ready in self.ready_at.items() if ready <= self.now}
-        if id_ is None:
-            assert not issuable
-            return -1
-        assert id_ in issuable
-        del self.ready_at[id_]
-        self.issued.add(id_)
-        return id_
+    @precondition(lambda self: self.closed())
+    @rule(data=st.data(), most=st.integers(1, 6))
+    def release_unknown(self, data: st.DataObject, most: int) -> None:
+        """The application ends sessions that the former owner began."""
+        chunk = data.draw(st.sampled_from(self.closed()))
+        left = [id_ for id_ in self.definition.ids(chunk.n) if id_ not in (chunk.released or ())]
+        for id_ in data.draw(st.permutations(left))[:most]:
+            self.let_go(chunk, id_)
 
-    @rule()
-    def take_and_put_back(self) -> None:
-        id_ = self.stock.take(self.now)
-        if id_ is not None:
-            self.stock.put_back(id_)
-
-    @rule(id_=consumes(ids))
-    def release(self, id_: int) -> None:
-        n = id_ >> RESTING.block_bits
-        if n not in self.held:
-            with pytest.raises(NotOwner):
-                self.stock.release(id_, self.now)
-        elif n in self.closed:
-            self.stock.release(id_, self.now)
-        elif id_ not in self.issued:
-            with pytest.raises(NotAllocated):
-                self.stock.release(id_, self.now)
+    @precondition(lambda self: self.closed())
+    @rule(data=st.data())
+    def finish_scan(self, data: st.DataObject) -> None:
+        """The function may also name ids that are never issued."""
+        chunk = data.draw(st.sampled_from(self.closed()))
+        every = range(self.definition.first_id(chunk.n), self.definition.last_id(chunk.n) + 1)
+        in_use = data.draw(st.sets(st.sampled_from(every)))
+        ids = self.definition.ids(chunk.n)
+        assert self.stock.finish_scan(chunk.n, "another", (), self.now) is None
+        done = self.stock.finish_scan(chunk.n, chunk.grant, in_use, self.now)
+        released, chunk.released, chunk.open = chunk.released or [], None, True
+        chunk.issued = {id_: self.now for id_ in ids if id_ in in_use and id_ not in released}
+        chunk.free = [id_ for id_ in ids if id_ not in in_use and id_ not in released]
+        chunk.empty_since = self.now
+        assert done == (len(chunk.issued), len(ids) - len(chunk.issued))
+        if not self.quarantine:
+            chunk.free += released
         else:
-            self.stock.release(id_, self.now)
-            self.issued.discard(id_)
-            self.ready_at[id_] = self.now + 5.0
+            for id_ in released:
+                self.rest(chunk, id_)
 
-    @rule(keep=st.integers(0, 12))
-    def retire(self, keep: int) -> None:
-        self.stock.thaw(self.now)
-        for n in self.stock.retire(self.now, idle=0.0, keep=keep, most=2):
-            assert not self.issued & self.of(n)
-            assert all(self.ready_at[id_] <= self.now for id_ in self.of(n))
-            self.stock.settle(n, self.held[n])
-            self.forget(n)
-            assert self.stock.free >= keep
+    @precondition(lambda self: any(chunk.open for chunk in self.held))
+    @rule(data=st.data())
+    def scan_an_open_chunk(self, data: st.DataObject) -> None:
+        """One attempt too many."""
+        chunk = data.draw(st.sampled_from([chunk for chunk in self.held if chunk.open]))
+        assert not self.stock.begin_scan(chunk.n, chunk.grant)
+        assert self.stock.finish_scan(chunk.n, chunk.grant, (), self.now) is None
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), marked=st.booleans())
+    def hear_of_a_mark(self, data: st.DataObject, marked: bool) -> None:
+        """Of a closed chunk the scan decides."""
+        chunk = self.some(data)
+        self.stock.set_mark(chunk.n, chunk.grant, marked=marked)
+        self.stock.set_mark(chunk.n, "another", marked=not marked)
+        if chunk.open:
+            chunk.marked = marked
+
+    @rule(idle=st.sampled_from([0.0, 60.0]), keep=st.integers(0, 12), most=st.integers(0, 3))
+    def give_back(self, idle: float, keep: int, most: int) -> None:
+        """The newest first, whatever was not issued from for long enough and is not needed."""
+        expected: list[int] = []
+        for chunk in reversed(list(self.held)):
+            empty = chunk.open and not chunk.marked and not chunk.issued and not chunk.resting
+            others = sum(len(other.free) for other in self.held if other is not chunk)
+            if len(expected) < most and empty and self.now >= chunk.empty_since + idle and others >= keep:
+                expected.append(chunk.n)
+                self.retired.append((chunk.n, chunk.grant))
+                self.forget(chunk)
+        assert self.stock.retire(self.now, idle=idle, keep=keep, most=most) == expected
+
+    @rule(data=st.data())
+    def hear_that_it_was_taken_back(self, data: st.DataObject) -> None:
+        """Also of one that was not given back, or was answered before."""
+        known = [*self.over, *((chunk.n, chunk.grant) for chunk in self.held)]
+        if known:
+            pair = data.draw(st.sampled_from(known))
+            self.stock.settle(*pair)
+            self.retired = [kept for kept in self.retired if kept != pair]
+
+    # --- at every moment ----------------------------------------------------------------------------
 
     @invariant()
-    def agrees(self) -> None:
-        self.stock.thaw(self.now)
-        assert set(self.stock.all_issued()) == self.issued
-        assert self.stock.free == sum(ready <= self.now for ready in self.ready_at.values())
-        said = sum(holding(n, g, marked=n in self.closed) for n, g in self.held.items())
-        assert self.stock.held() == (len(self.held), said % MODULUS)
-        level = self.stock.level(self.now)
-        assert (level.issued, level.chunks, level.closed) == (
-            len(self.issued),
-            len(self.held),
-            len(self.closed),
+    def every_slot_is_in_one_place(self) -> None:
+        """Free, issued, resting, or not known yet; and a free id is never one that is issued."""
+        for chunk in self.held:
+            everywhere = [*chunk.free, *chunk.issued, *chunk.resting]
+            assert sorted(everywhere) == (self.definition.ids(chunk.n) if chunk.open else [])
+
+    @invariant()
+    def the_stock_is_what_the_model_says(self) -> None:
+        stock, held = self.stock, self.held
+        for id_ in (*range(40), -1, 500):
+            chunk = self.find(id_ >> self.definition.block_bits)
+            mine = chunk is not None and id_ in self.definition.ids(chunk.n)
+            known_free = chunk is not None and (
+                id_ not in chunk.issued if chunk.open else id_ in (chunk.released or ())
+            )
+            assert stock.issued(id_) == (mine and not known_free)
+        assert [(c.n, c.grant, c.marked, c.open) for c in stock] == [
+            (c.n, c.grant, c.marked, c.open) for c in held
+        ]
+        assert stock.all_issued() == [id_ for chunk in held for id_ in chunk.issued]
+        assert [c.n for c in stock.unreported()] == [c.n for c in held if c.open and c.marked]
+        assert stock.retired() == sorted(self.retired)
+
+    @invariant()
+    def its_sums_are_right(self) -> None:
+        stock, held = self.stock, self.held
+        assert stock.free == sum(len(chunk.free) for chunk in held)
+        assert stock.drawn == self.drawn
+        said = sum(holding(chunk.n, chunk.grant, marked=chunk.marked) for chunk in held)
+        said += sum(holding(n, given, marked=False) for n, given in self.retired)
+        assert stock.held() == (len(held) + len(self.retired), said % MODULUS)
+        since = [at for chunk in held for at in chunk.issued.values()]
+        assert stock.level(self.now) == Level(
+            issued=len(since),
+            free=stock.free,
+            oldest=self.now - min(since, default=self.now),
+            chunks=len(held),
+            closed=sum(not chunk.open for chunk in held),
+            resting=len(self.resting),
         )
 
 
-TestStockAgainstSets = StockAgainstSets.TestCase
-TestStockAgainstSets.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestStockAgainstAPlainModel = StockAgainstAPlainModel.TestCase
+TestStockAgainstAPlainModel.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)

@@ -166,7 +166,7 @@ _release_closed = Stock._release_closed
 
 def _release_counts_at_once(self: Stock, chunk: Any, id_: int) -> None:
     if chunk.released is None:
-        chunk.released = set()
+        chunk.released = {}
     _release_closed(self, chunk, id_)
 
 
