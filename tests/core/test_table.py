@@ -554,10 +554,12 @@ class TableAgainstDocuments(RuleBasedStateMachine):
         del self.documents[space, key]
         self._change(step, gone(space, key, 0))
 
-    @rule(step=_STEP, pool=_POOL, numbers=_NUMBERS, owner=st.sampled_from(_SDK + _GO))
-    def allocate(self, step: int, pool: str, numbers: list[int], owner: Owner) -> None:
-        """Free chunks get their first owner."""
+    @rule(step=_STEP, pool=_POOL, numbers=_NUMBERS, owner=st.sampled_from(_SDK + _GO), between=st.booleans())
+    def allocate(self, step: int, pool: str, numbers: list[int], owner: Owner, between: bool) -> None:
+        """Free chunks get their first owner; a demux may take a snapshot between any two of them."""
         for n in numbers:
+            if between:
+                self.take_snapshot(pool, 1 << 20)
             if (pool, f"chunkid-{n}") in self.documents:
                 continue
             document: dict[str, Any] = {"_id": f"chunkid-{n}", "type": "chunk", "chunkId": f"chunkid-{n}"}

@@ -300,9 +300,10 @@ class StockAgainstAPlainModel(RuleBasedStateMachine):
         definition=st.sampled_from([SMALL, QUICK, RESTING]),
         marks=st.lists(st.booleans(), max_size=4),
         issued=st.integers(0, 24),
+        released=st.integers(0, 12),
     )
-    def start(self, definition: Definition, marks: list[bool], issued: int) -> None:
-        """In the midst of it: some chunks are held already, some ids issued, the scans have begun."""
+    def start(self, definition: Definition, marks: list[bool], issued: int, released: int) -> None:
+        """In the midst of it: chunks are held, ids were issued and some released, the scans have begun."""
         self.definition = definition
         self.quarantine = definition.quarantine_ms / 1000
         self.now = 0.0
@@ -320,6 +321,9 @@ class StockAgainstAPlainModel(RuleBasedStateMachine):
             self.stock.begin_scan(chunk.n, chunk.grant)
             chunk.released = []
         self.take(issued)
+        issuing = [(held, id_) for held in self.held for id_ in held.issued]
+        for held, id_ in issuing[:released]:
+            self.let_go(held, id_)
 
     def find(self, n: int) -> Held | None:
         return next((chunk for chunk in self.held if chunk.n == n), None)
@@ -589,4 +593,4 @@ class StockAgainstAPlainModel(RuleBasedStateMachine):
 
 
 TestStockAgainstAPlainModel = StockAgainstAPlainModel.TestCase
-TestStockAgainstAPlainModel.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestStockAgainstAPlainModel.settings = settings(max_examples=250, stateful_step_count=50, deadline=None)
