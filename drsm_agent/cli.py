@@ -21,7 +21,9 @@ from drsm_agent import logs, settings
 from drsm_agent.embedded import Stack
 from drsm_agent.embedded.errors import EmbeddedError
 from drsm_agent.errors import AgentError, Misconfigured, leaf
+from drsm_agent.restored import announce_restored
 from drsm_agent.service import running
+from drsm_agent.store.mongo import MongoStore
 
 FAULT, REFUSED = 1, 2
 
@@ -56,6 +58,16 @@ def run() -> None:
     docs/settings.md has them all.
     """
     _finish(_run)
+
+
+@app.command()
+def restored() -> None:
+    """Announce that MongoDB was restored from a backup. Stop all agents, run this, start them again.
+
+    Takes the same settings as `run`. Then nothing is granted or claimed for `A + W`, while living pods say
+    which chunks they hold; docs/guarantees.md says more.
+    """
+    _finish(_restored)
 
 
 @app.command()
@@ -116,6 +128,17 @@ async def _serve(configured: settings.Settings) -> None:
             http_port=agent.http_port,
         )
         await agent.ended()
+
+
+async def _restored() -> None:
+    configured = settings.load()
+    logs.configure(configured.log_format, configured.log_level)
+    allocation_ms = round(configured.leases.allocation * 1000)
+    url = configured.mongo_url.get_secret_value()
+    async with MongoStore(url, configured.mongo_database, configured.databases) as store:
+        await store.check()
+        announced = await announce_restored(store, configured.leases.leader, allocation_ms)
+    print(f"announced: terms go on above {announced.term}. Start the agents now.")
 
 
 async def _dev(pools: list[str], members: int, mongo_port: int | None, nats_port: int | None) -> None:

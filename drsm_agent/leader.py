@@ -21,6 +21,7 @@ from drsm_agent.core.documents import Document
 from drsm_agent.core.election import Election
 from drsm_agent.core.events import Version
 from drsm_agent.core.lease import Leases
+from drsm_agent.core.restore import Restored, read_restored
 from drsm_agent.core.session import LivenessLeases, full_leases
 from drsm_agent.core.table import Table
 from drsm_agent.endpoints import Endpoints
@@ -32,9 +33,10 @@ from drsm_agent.mirrors import Mirrors
 from drsm_agent.ports import Bus, Chance, Clock, Store, WallClock
 from drsm_agent.probe import Probe
 from drsm_agent.reaper import Reaper
-from drsm_agent.reign import Reign
+from drsm_agent.reign import Grants, Reign
 from drsm_agent.relay import Relay, position_document
 from drsm_agent.requests import Requests
+from drsm_agent.restorer import Restorer
 from drsm_agent.store.stored import ensure_singletons
 from drsm_sdk.wire.definition import Definition
 from drsm_sdk.wire.subjects import Subjects
@@ -70,6 +72,7 @@ class Leader:
         self._highest = 0
         self._led_at = parts.clock()
         self._following = ("", 0)
+        self._restored_unread = True
         self.leading = asyncio.Event()
 
     @property
@@ -109,6 +112,10 @@ class Leader:
         log.info("standing_by")
         while True:
             try:
+                if self._restored_unread:
+                    restored = read_restored(await self._parts.store.read(writes.SETTINGS))
+                    self._highest = max(self._highest, restored.term if restored else 0)
+                    self._restored_unread = False
                 if await self._try_to_win():
                     return
                 await self._skip_published()
@@ -217,7 +224,11 @@ class Leader:
     async def _serve(self, lead: Lead, state: State, tasks: asyncio.TaskGroup) -> None:
         parts = self._parts
         await _retrying(lambda: ensure_singletons(parts.store))  # somebody may have dropped them
-        relay = await self._take_up_history(lead, state, tasks)
+        restored = read_restored(await _retrying(lambda: parts.store.read(writes.SETTINGS)))
+        if restored and lead.term <= restored.term:
+            self._highest = restored.term
+            raise LeadLost(f"a restore was announced: terms go on above {restored.term}")
+        relay = await self._take_up_history(lead, state, restored, tasks)
         tasks.create_task(relay.run(), name="relay")
         await _retrying(lambda: self._stamp(lead, relay))
         endpoints = Endpoints(
@@ -232,7 +243,7 @@ class Leader:
         async with AsyncExitStack() as subscriptions:
             probed = await _retrying(lambda: parts.bus.subscribe(parts.subjects.probe, endpoints.receive))
             subscriptions.push_async_callback(probed.stop)
-            await self._answer_and_judge(lead, state, relay, endpoints, tasks)
+            await self._answer_and_judge(lead, state, restored, relay, endpoints=endpoints, tasks=tasks)
             serving = await _retrying(
                 lambda: parts.bus.subscribe(parts.subjects.all_requests, endpoints.receive)
             )
@@ -247,7 +258,14 @@ class Leader:
                 parts.feed.on_change = None
 
     async def _answer_and_judge(
-        self, lead: Lead, state: State, relay: Relay, endpoints: Endpoints, tasks: asyncio.TaskGroup
+        self,
+        lead: Lead,
+        state: State,
+        restored: Restored | None,
+        relay: Relay,
+        *,
+        endpoints: Endpoints,
+        tasks: asyncio.TaskGroup,
     ) -> None:
         parts = self._parts
         probe = Probe(
@@ -265,7 +283,7 @@ class Leader:
             table=state.table,
             relay=relay,
             liveness=self._full_leases(state.table),
-            grants_from=self._grants_from(state),
+            grants=self._grants(state, restored),
             leases=parts.leases,
             definitions=parts.definitions,
             clock=parts.clock,
@@ -273,8 +291,9 @@ class Leader:
             chance=parts.chance,
             metrics=parts.metrics,
         )
+        restorer = Restorer(reign, restored)
         requests, reaper, mirrors = (
-            Requests(reign, tasks),
+            Requests(reign, restorer, tasks),
             Reaper(reign, probe, parts.feed.staleness),
             Mirrors(reign),
         )
@@ -282,11 +301,13 @@ class Leader:
         def note(entry: Entry) -> None:
             requests.note(entry)
             reaper.note(entry)
+            restorer.note(entry)
 
         parts.feed.on_change = note
         endpoints.open(requests)
         tasks.create_task(reaper.run(), name="reaper")
         tasks.create_task(mirrors.run(), name="mirrors")
+        tasks.create_task(restorer.run(), name="restorer")
 
     async def _stamp(self, lead: Lead, relay: Relay) -> None:
         """Stamp the term on all sessions, and wait until the table has passed that and everything up to
@@ -295,10 +316,14 @@ class Leader:
         await self._parts.store.write([writes.stamp_sessions(lead.term)])
         await relay.barrier()
 
-    async def _take_up_history(self, lead: Lead, state: State, tasks: asyncio.TaskGroup) -> Relay:
-        """Go on where the last leader's published events end, or begin a new history with a `reset`."""
+    async def _take_up_history(
+        self, lead: Lead, state: State, restored: Restored | None, tasks: asyncio.TaskGroup
+    ) -> Relay:
+        """Go on where the last leader's published events end, or begin a new history with a `reset`. Every
+        leader that takes reports after a restore begins one, as a new history is what makes pods report."""
         stored = _first(await _retrying(lambda: self._parts.store.read(writes.POSITION))) or {}
-        continues = _continues(stored, state.table)
+        taking_reports = restored is not None and restored.open
+        continues = _continues(stored, state.table) and not taking_reports
         history = stored["history"] if continues else self._parts.chance.token()
         relay = Relay(
             tasks=tasks,
@@ -318,20 +343,25 @@ class Leader:
         versions = {name: pool.version for name, pool in state.table.pools.items()}
         started = position_document(Position("", 0, versions), history)
         await _retrying(lambda: self._parts.store.write([writes.save_position(lead.term, started)]))
-        log.info("new_history", history=history, reason="the table was read after the last saved position")
+        reason = "the database was restored" if taking_reports else "the table was read anew"
+        log.info("new_history", history=history, reason=reason)
         await relay.publish_log()
-        await relay.send_resets("the table was read anew")
+        await relay.send_resets(reason)
         return relay
 
-    def _grants_from(self, state: State) -> float:
-        """When this leader may grant and claim. After documents were dropped under it, not before every pod
-        that may still issue from them has certainly stopped, `A + W`: their chunks look free now."""
-        if not state.after_loss:
-            return float("-inf")
+    def _grants(self, state: State, restored: Restored | None) -> Grants:
+        """When this leader may grant and claim. After documents were dropped under it, or a restore, not
+        before every pod that may still issue from what was lost has certainly stopped, `A + W`: those chunks
+        look free now."""
         lag = max(pool.usage_lag_ms for pool in self._parts.definitions.values()) / 1000
-        wait = self._parts.leases.allocation + lag
-        log.error("documents_dropped", action=f"nothing is granted or claimed for {wait:g} s")
-        return self._parts.clock() + wait
+        allocation_ms, wait = round(self._parts.leases.allocation * 1000), 0.0
+        if state.after_loss:
+            wait = allocation_ms / 1000 + lag
+            log.error("documents_dropped", action=f"nothing is granted or claimed for {wait:g} s")
+        if restored and restored.open:
+            longest = restored.longest(allocation_ms, state.table.sessions.values())
+            wait = max(wait, longest / 1000 + lag)
+        return Grants(self._parts.clock, wait)
 
     def _full_leases(self, table: Table) -> LivenessLeases:
         return full_leases(table, self._parts.leases, self._parts.clock())

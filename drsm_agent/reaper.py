@@ -50,7 +50,7 @@ class Reaper:
         self._table, self._relay, self._lead = reign.table, reign.relay, reign.lead
         self._leases, self._liveness, self._definitions = reign.leases, reign.liveness, reign.definitions
         self._clock, self._chance, self._metrics = reign.clock, reign.chance, reign.metrics
-        self._grants_from, self._probe, self._staleness = reign.grants_from, probe, staleness
+        self._grants, self._probe, self._staleness = reign.grants, probe, staleness
         self._news = asyncio.Event()
         self._dead_since: dict[Key, float] = {}
         self._spared_at = float("-inf")
@@ -181,7 +181,7 @@ class Reaper:
     # --- Step two: chunks -------------------------------------------------------------------------
 
     async def _claim_orphans(self) -> None:
-        if self._clock() < self._grants_from:
+        if self._grants.left() > 0:
             return
         for pool in self._table.pools.values():
             placed = plan(self._claimable(pool), self._living(pool))

@@ -16,16 +16,30 @@ from drsm_agent.relay import Relay
 from drsm_sdk.wire.definition import Definition
 
 
+class Grants:
+    """Whether this leader may grant and claim: not while chunks that look free may be in use."""
+
+    def __init__(self, clock: Clock, wait: float = 0.0) -> None:
+        self._clock, self._from = clock, clock() + wait
+
+    def left(self) -> float:
+        """Seconds until it may; 0 or less when it may now."""
+        return self._from - self._clock()
+
+    def put_off(self, seconds: float) -> None:
+        """Not before so many seconds from now."""
+        self._from = max(self._from, self._clock() + seconds)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reign:
-    """`liveness` are the leases that this leader judges by; before `grants_from`, on `clock`, nothing is
-    granted or claimed."""
+    """`liveness` are the leases that this leader judges by."""
 
     lead: Lead
     table: Table
     relay: Relay
     liveness: LivenessLeases
-    grants_from: float
+    grants: Grants
     leases: Leases
     definitions: Mapping[str, Definition]
     clock: Clock

@@ -6,7 +6,7 @@ is published, and only then answered (G4). Requests of one moment share one bulk
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from drsm_agent.core.documents import DEAD, LIVE, OPENED, Chunk, Owner, Session,
 from drsm_agent.core.events import DOWN, RELEASED
 from drsm_agent.core.lease import holder_duration, renew_period
 from drsm_agent.core.numbers import FreeNumbers
+from drsm_agent.core.restore import TERMS_AHEAD
 from drsm_agent.core.session import Key
 from drsm_agent.core.table import PoolTable
 from drsm_agent.errors import Refused, StoreUnavailable
@@ -25,12 +26,15 @@ from drsm_agent.feed import Entry
 from drsm_agent.flight import Flight
 from drsm_agent.reign import Reign
 from drsm_agent.relay import owner_ref
+from drsm_agent.restorer import Restorer
 from drsm_agent.snapshots import owner_state, snapshot_owner, snapshot_pages
 from drsm_sdk.wire import messages as m
 from drsm_sdk.wire.definition import Definition
 
 ALLOCATION_ROUNDS_MAX = 8
 """Times that other allocators may pick the same numbers first before a requester is told to try again."""
+AHEAD_MAX = 10_000
+"""Incarnations of terms to come that are remembered: as many as there may be pods."""
 CHUNKS_PER_FLIGHT_MAX = 10_000
 """Inserts of one bulk: 0.2 s on a small replica set. When more are asked for at once, all get fewer."""
 
@@ -49,11 +53,13 @@ class _Wanted:
 class Requests:
     """The requests of one lead."""
 
-    def __init__(self, reign: Reign, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, reign: Reign, restorer: Restorer, tasks: asyncio.TaskGroup) -> None:
         self._table, self._relay, self._lead = reign.table, reign.relay, reign.lead
         self._leases, self._liveness, self._definitions = reign.leases, reign.liveness, reign.definitions
         self._clock, self._chance, self._metrics = reign.clock, reign.chance, reign.metrics
-        self._grants_from = reign.grants_from
+        self._grants, self._restorer = reign.grants, restorer
+        self._ahead: set[Key] = set()
+        self._usage_lag = max(pool.usage_lag_ms for pool in reign.definitions.values()) / 1000
         self._use: dict[Key, dict[str, m.Use]] = {}
         self._free = {
             name: _free_numbers(reign.definitions[name], pool) for name, pool in reign.table.pools.items()
@@ -62,6 +68,7 @@ class Requests:
         self._activations: Flight[Key, None] = Flight(tasks, self._activate_all)
         self._joins: Flight[m.Join, None] = Flight(tasks, self._join_all)
         self._closes: Flight[Key, None] = Flight(tasks, self._close_all)
+        self._put_backs: Flight[m.Report, None] = Flight(tasks, self._put_back_all)
         self._acquires = {name: Flight(tasks, partial(self._acquire_all, name)) for name in reign.table.pools}
         self._releases = {name: Flight(tasks, partial(self._release_all, name)) for name in reign.table.pools}
         self._scans = {name: Flight(tasks, partial(self._scanned_all, name)) for name in reign.table.pools}
@@ -91,7 +98,7 @@ class Requests:
             incarnation=session.incarnation,
             definitions=self._defined(request.pools),
             liveness_ms=liveness_ms,
-            allocation_ms=_ms(holder_duration(self._leases.allocation)),
+            allocation_ms=self._allocation_ms(session, agrees=False),
             renew_ms=_ms(self._renew_period()),
         )
 
@@ -109,15 +116,17 @@ class Requests:
         liveness_ms = self._extend(session.key)
         if use := {pool: use for pool, use in request.use.items() if pool in session.pools}:
             self._use[session.key] = use
+        held = {pool: self._held(pool, session.key) for pool in session.pools if pool in self._table.pools}
         return m.Renewed(
             liveness_ms=liveness_ms,
-            allocation_ms=_ms(holder_duration(self._leases.allocation)),
+            allocation_ms=self._allocation_ms(session, agrees=_agree(request.held, held)),
             renew_ms=_ms(self._renew_period()),
-            held={pool: self._held(pool, session.key) for pool in session.pools if pool in self._table.pools},
+            held=held,
         )
 
     async def chunks(self, request: m.SessionRef) -> m.SessionChunks:
         session = await self._living(request.pod, request.incarnation)
+        self._restorer.check_reported(session)
         owned = self._table.chunks_of(session.key)
         answer = m.SessionChunks(
             chunks=tuple(
@@ -137,16 +146,25 @@ class Requests:
         return m.Empty()
 
     async def report(self, request: m.Report) -> m.Reported:
-        """A pod saw another history and says what it holds. Only an announced restore takes any of it."""
-        await self._living(request.pod, request.incarnation)
-        return m.Reported(accepted=0)
+        """A pod saw another history and says what it holds. Only an announced restore takes any of it; then
+        a session that the database has lost is put back first."""
+        if self._restorer.lost(request):
+            await self._put_backs.board((request.pod, request.incarnation), request)
+        session = await self._living(request.pod, request.incarnation)
+        if not self._restorer.takes(session):
+            return m.Reported(accepted=0)
+        reported = {pool for pool, *_ in request.chunks if pool in self._table.pools}
+        if missing := tuple(sorted(reported - set(session.pools))):
+            join = m.Join(request.pod, request.incarnation, missing)
+            await self._joins.board((session.key, missing), join)
+        return m.Reported(await self._restorer.report(session.key, request))
 
     # --- Pools ----------------------------------------------------------------------------------
 
     async def acquire(self, pool: PoolTable, request: m.Acquire) -> m.Acquired:
         session = await self._member(pool, request.pod, request.incarnation)
-        if self._clock() < self._grants_from:
-            message = "documents were dropped: nothing is granted while their chunks may be in use"
+        if self._grants.left() > 0:
+            message = "the database lost documents: nothing is granted while their chunks may be in use"
             raise Refused("store_unavailable", message, reason="data_lost", retry=True)
         wanted = _Wanted(session.owner, request.count, request.request_id)
         granted = self._granted(pool, wanted)
@@ -162,6 +180,7 @@ class Requests:
         owned = self._owned(pool, session.key, request.chunks)
         if owned := [chunk for chunk in owned if not chunk.marked]:
             await self._releases[pool.name].board((session.key, request.chunks), owned)
+        self._restorer.forget(session.key, pool.name, request.chunks)
         still = {chunk.n for chunk in self._owned(pool, session.key, request.chunks)}
         return m.Released(tuple(n for n, _ in request.chunks if n not in still))
 
@@ -237,6 +256,37 @@ class Requests:
         )
         self._metrics.deaths.labels(reason="superseded").inc(len(older))
         return [None] * len(keys)
+
+    async def _put_back_all(self, reports: Sequence[m.Report]) -> Sequence[Exception | None]:
+        await self._relay.read_back()
+        refused = {(r.pod, r.incarnation): self._superseded(r) for r in reports}
+        new = [r for r in reports if not refused[r.pod, r.incarnation] and self._restorer.lost(r)]
+        if new:
+            await self._relay.commit([writes.open_session(self._lost_session(report)) for report in new])
+        for report in new:
+            log.warning("session_put_back", pod=report.pod, incarnation=report.incarnation)
+        return [refused[report.pod, report.incarnation] for report in reports]
+
+    def _superseded(self, report: m.Report) -> Exception | None:
+        """A newer incarnation of the name lives already: this one is over, whatever the database lost."""
+        newer = any(
+            session.pod == report.pod and session.incarnation > report.incarnation and session.state != OPENED
+            for session in self._table.sessions.values()
+        )
+        return _lost("superseded") if newer else None
+
+    def _lost_session(self, report: m.Report) -> Session:
+        return Session(
+            pod=report.pod,
+            ip=report.ip,
+            instance=report.instance,
+            incarnation=report.incarnation,
+            term=self._lead.term,
+            state=OPENED,
+            pools=tuple(pool for pool in dict.fromkeys(report.pools) if pool in self._table.pools),
+            request_id=f"lost-{report.incarnation}",
+            promised_ms=self._restorer.longest_ms,
+        )
 
     async def _join_all(self, joining: Sequence[m.Join]) -> Sequence[Exception | None]:
         term = self._lead.term
@@ -327,12 +377,38 @@ class Requests:
     def _session(self, pod: str, incarnation: int) -> Session:
         session = self._table.sessions.get((pod, incarnation))
         if session is None:
+            self._check_term(pod, incarnation)
             raise _lost("unknown")
         if session.state == DEAD:
             raise _lost(session.reason)
         if reason := self._liveness.ending(session.key):
             raise _lost(reason)
         return session
+
+    def _check_term(self, pod: str, incarnation: int) -> None:
+        """A session of a term that is still to come: the database went back, and nobody announced it.
+
+        Nothing is granted or claimed then, until such pods have certainly stopped. A living pod says it
+        again with its next renewal; what is said only once is garbage. (Whoever may send requests may pretend
+        this; NATS permissions say who may.)"""
+        term = incarnation >> 32
+        if not self._lead.term < term <= self._lead.term + TERMS_AHEAD:
+            return
+        if (pod, incarnation) in self._ahead:
+            if self._grants.left() <= 0:
+                log.critical(
+                    "database_went_back",
+                    pod=pod,
+                    its_term=term,
+                    term=self._lead.term,
+                    action="nothing is granted or claimed; if the database was restored from a backup, stop "
+                    "all agents, run `drsm-agent restored`, and start them again",
+                )
+            self._grants.put_off(self._restorer.longest_ms / 1000 + self._usage_lag)
+        elif len(self._ahead) < AHEAD_MAX:
+            self._ahead.add((pod, incarnation))
+        message = "this session is newer than the database: was it restored? Run `drsm-agent restored`"
+        raise Refused("store_unavailable", message, reason="went_back", retry=True)
 
     async def _member(self, pool: PoolTable, pod: str, incarnation: int) -> Session:
         session = await self._living(pod, incarnation)
@@ -371,6 +447,13 @@ class Requests:
         if not self._liveness.extend(key, self._clock() + lease):
             raise _lost(self._liveness.ending(key) or "expired")
         return _ms(holder_duration(lease))
+
+    def _allocation_ms(self, session: Session, *, agrees: bool) -> int:
+        """The allocation lease that an answer may promise; none, for now, to a session from before a restore
+        that may hold what the database gives to others."""
+        if not self._restorer.may_issue(session, agrees=agrees):
+            return 0
+        return _ms(holder_duration(self._leases.allocation))
 
     def _renew_period(self) -> float:
         return renew_period(len(self._liveness))
@@ -439,6 +522,11 @@ def _free_numbers(definition: Definition, pool: PoolTable) -> FreeNumbers:
     capacity = definition.capacity
     ours = (n for n, chunk in pool.chunks.items() if chunk.drsm and n < capacity)
     return FreeNumbers(capacity, max(ours, default=-1))
+
+
+def _agree(said: Mapping[str, tuple[int, int]], seen: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether a pod holds just what the table gives it; of a pool that is not named it holds nothing."""
+    return all(said.get(pool, (0, 0)) == seen.get(pool, (0, 0)) for pool in said.keys() | seen.keys())
 
 
 def _ms(seconds: float) -> int:

@@ -259,8 +259,9 @@ class Pool:
         return wire.Use(level.issued, level.free, int(level.oldest * 1000), level.closed)
 
     def holdings(self) -> list[tuple[int, str, bool]]:
-        """(number, grant, marked) of every chunk."""
-        return [(chunk.n, chunk.grant, chunk.marked) for chunk in self._stock]
+        """(number, grant, marked) of every chunk, also of those that the agent has not yet taken back."""
+        held = [(chunk.n, chunk.grant, chunk.marked) for chunk in self._stock]
+        return held + [(n, grant, False) for n, grant in self._stock.retired()]
 
     def follow(self, listed: Sequence[Listed], version: wire.Version) -> None:
         if self._supply is not None:
@@ -289,10 +290,11 @@ class Pool:
         match body:
             case wire.PodDown(pod, reason) if _key(pod) == me:
                 self._session.end(life, reason)
-            case wire.ChunkClaimed(owner, previous) if _key(previous) == me:
-                self._session.end(life, f"claimed by {owner.name}")
             case wire.ChunkClaimed(owner, _, chunks, grants, hold_ms) if _key(owner) == me:
                 supply.claimed(list(zip(chunks, grants, strict=False)), hold_ms, head.version)
+            case wire.ChunkClaimed(owner, previous, chunks) if _key(previous) == me:
+                if any(n in self._stock for n in chunks):  # else given back before the database was restored
+                    self._session.end(life, f"claimed by {owner.name}")
             case wire.ChunkReleased():
                 if supply.trouble is not None:
                     supply.urge()

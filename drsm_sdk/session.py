@@ -40,7 +40,7 @@ RENEW_SHORTEST, RENEW_LONGEST = 0.02, 60.0  # whatever an answer says: no busy l
 STRIKES = 2  # renewals in a row whose `held` differs before the agent is asked what it sees
 RECONCILE_FIRST, RECONCILE_MOST = 0.5, 60.0
 CHUNKS_TIMEOUT = 5.0
-REPORT_TIMEOUT = 5.0
+REPORT_TIMEOUT = 30.0  # the agent waits until those are dead that may hold the same, `L` or a little more
 REPORT_CHUNKS_MAX = 500  # about 25 KiB
 CLOSE_TIMEOUT = 1.0
 JOIN_TIMEOUT = 5.0
@@ -381,7 +381,7 @@ class Session:
             await life.reported.wait()
             life.reported.clear()
             try:
-                await self._report_all(life, CHUNKS_TIMEOUT)
+                await self._report_all(life, REPORT_TIMEOUT)
             except Refused as refused:
                 if isinstance(refused.error, SessionLost):
                     self.end(life, refused.error.reason)
@@ -395,7 +395,15 @@ class Session:
         """Raises Refused and DrsmError."""
         chunks = [(name, *chunk) for name, member in self.members.items() for chunk in member.holdings()]
         for i in range(0, max(len(chunks), 1), REPORT_CHUNKS_MAX):
-            request = wire.Report(self.pod.name, life.incarnation, tuple(chunks[i : i + REPORT_CHUNKS_MAX]))
+            request = wire.Report(
+                self.pod.name,
+                life.incarnation,
+                tuple(chunks[i : i + REPORT_CHUNKS_MAX]),
+                total=len(chunks),
+                ip=self.pod.ip,
+                instance=self.pod.instance,
+                pools=tuple(self.members),
+            )
             await self._rpc.call(self.subjects.session("report"), request, wire.Reported, timeout)
         life.unsettled.set()
 

@@ -142,6 +142,18 @@ def claim(pool: str, orphan: Chunk, owner: Owner, grant: str, hold_ms: int) -> U
     return Update(pool, _chunk_guard(orphan), set=changed)
 
 
+def put_back(
+    pool: str, n: int, seen: Chunk | None, owner: Owner, *, grant: str, hold_ms: int | None
+) -> Insert | Update:
+    """After a restore: a chunk to the pod that holds it; marked, with a hold, unless `hold_ms` is None."""
+    drsm = Drsm(*_who(owner), grant=grant, marked=hold_ms is not None, hold_ms=hold_ms or 0)
+    fields = _owned(n, owner, drsm).document
+    if seen is None:
+        return Insert(pool, fields)
+    changed = {name: fields[name] for name in ("podId", "podIp", "podInstance", "drsm")}
+    return Update(pool, _chunk_guard(seen), set=changed)
+
+
 def release(pool: str, chunk: Chunk) -> Delete:
     """An owned chunk back to the free ones. A marked one does not match."""
     return Delete(pool, _chunk_guard(chunk) | {"drsm.marked": False})

@@ -163,17 +163,30 @@ class Renewed:
     give_back: dict[str, int] = field(default_factory=dict)
 
 
+TOTAL_UNKNOWN = 2**32 - 1
+"""More than any pod holds: a report that does not say how much there is, is never complete."""
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
-    """After an announced restore: the chunks (pool, n, grant, marked) that a living pod holds."""
+    """After an announced restore: the chunks (pool, n, grant, marked) that a living pod holds. It holds
+    `total` in all its reports of one time. A session that the database has lost is put back only with
+    `ip`, `instance` and `pools`, as it was opened."""
 
     pod: str
     incarnation: int
     chunks: tuple[tuple[str, int, str, bool], ...]
+    total: int = TOTAL_UNKNOWN
+    ip: str = ""
+    instance: str = ""
+    pools: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not all(valid_pool_name(pool) and _GRANT.fullmatch(grant) for pool, _, grant, _ in self.chunks):
             raise ValueError("chunks: expected [pool, number, grant, marked] with a grant of 16 hex digits")
+        _check_pools(self.pools)
+        if self.pools:  # it may become a document
+            PodRef(self.pod, self.ip, self.instance)
 
 
 @dataclass(frozen=True, slots=True)

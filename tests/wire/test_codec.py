@@ -75,6 +75,10 @@ _RULES: dict[tuple[type[Any], str], st.SearchStrategy[Any]] = {
     (m.Acquire, "count"): st.integers(1, 256),
     (m.Acquire, "request_id"): _PRINTABLE.filter(bool),
     (m.ChunkList, "chunks"): st.lists(st.tuples(_U64, _GRANTS), max_size=4).map(tuple),
+    (m.Report, "pod"): _PODS,
+    (m.Report, "ip"): _PRINTABLE,
+    (m.Report, "instance"): _PRINTABLE,
+    (m.Report, "pools"): st.lists(_POOLS, max_size=4).map(tuple),
     (m.Report, "chunks"): st.lists(st.tuples(_POOLS, _U64, _GRANTS, st.booleans()), max_size=4).map(tuple),
     # text that could be a number is read as one in JSON
     (m.OwnerQuery, "id"): _U64 | st.text(max_size=40).filter(lambda text: not text.isdigit()),

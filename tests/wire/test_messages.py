@@ -43,7 +43,9 @@ REQUESTS: dict[str, Any] = {
     "session.renew": m.Renew(
         "amf-1", AMF_1.incarnation, {"amfid": (2, 2**64 - 1)}, {"amfid": m.Use(900, 1100, 5000, 1)}
     ),
-    "session.report": m.Report("amf-1", AMF_1.incarnation, (("amfid", 3, GRANT, True),)),
+    "session.report": m.Report(
+        "amf-1", AMF_1.incarnation, (("amfid", 3, GRANT, True),), 1, "10.0.0.7", "nf-1", ("amfid",)
+    ),
     "session.chunks": m.SessionRef("amf-1", AMF_1.incarnation),
     "session.close": m.SessionRef("amf-1", AMF_1.incarnation),
     "probe": m.Probe("00ff00ff00ff00ff"),
@@ -144,7 +146,7 @@ FIELDS = {
     "request session.open": "pod pools request_id",
     "request session.join": "pod incarnation pools",
     "request session.renew": "pod incarnation held use",
-    "request session.report": "pod incarnation chunks",
+    "request session.report": "pod incarnation chunks total ip instance pools",
     "request session.chunks": "pod incarnation",
     "request session.close": "pod incarnation",
     "request probe": "nonce",
@@ -394,6 +396,7 @@ def test_an_error_names_the_field_and_the_rule(kind: Any, change: dict[str, Any]
 OPTIONAL = {
     m.Use: "issued free oldest_ms scanning",
     m.Renew: "held use",
+    m.Report: "total ip instance pools",
     m.Renewed: "held give_back",
     m.SnapshotPage: "marked definition last",
     m.OwnerQuery: "space",

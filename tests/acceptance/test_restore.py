@@ -1,0 +1,258 @@
+"""An announced restore of the database from a backup, on real servers."""
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+
+from drsm_agent.errors import Misconfigured
+from drsm_agent.restored import announce_restored
+from drsm_agent.store.mongo import MongoStore
+from drsm_sdk import Demux, Drsm, Pod, changes
+from drsm_sdk.wire import messages as m
+from tests.harness import POOL, Domain, Failed, eventually, mongo_client, renewing, requester, within
+
+LEASES: dict[str, Any] = {
+    "allocation_ttl": 6.0,
+    "liveness_ttl": 2.5,
+    "leader_ttl": 1.0,
+    "pools": [{"name": POOL, "block_bits": 4, "slots": 16, "usage_lag_ms": 0}],
+}
+LONG = 40.0
+"""Seconds for what takes a hold and a window to happen."""
+SPACES = (POOL, "drsm_sessions", "drsm_leader", "drsm_position", "drsm_stamps", "drsm_settings")
+Backup = dict[str, list[dict[str, Any]]]
+
+
+async def back_up(domain: Domain) -> Backup:
+    async with mongo_client(domain) as client:
+        database = client[domain.database]
+        return {space: await database[space].find().to_list() for space in SPACES}
+
+
+async def restore(domain: Domain, backup: Backup) -> None:
+    """As `mongorestore --drop` does it."""
+    async with mongo_client(domain) as client:
+        database = client[domain.database]
+        for space, documents in backup.items():
+            await database[space].drop()
+            if documents:
+                await database[space].insert_many(documents)
+
+
+async def announce(domain: Domain) -> int:
+    store = MongoStore(domain.mongo_url, domain.database, {POOL: domain.database})
+    async with store:
+        return (await announce_restored(store, LEASES["leader_ttl"], 6000)).term
+
+
+def connect(domain: Domain, name: str) -> Drsm:
+    return Drsm.connect(domain.nats_url, Pod(name, "10.0.0.1", "nf"), prefix=domain.prefix)
+
+
+async def chunks_in_mongodb(domain: Domain) -> dict[int, tuple[str, int, bool]]:
+    async with mongo_client(domain) as client:
+        found = await client[domain.database][POOL].find({"type": "chunk"}).to_list()
+    return {
+        int(d["_id"].removeprefix("chunkid-")): (
+            d["drsm"]["pod"],
+            d["drsm"]["incarnation"],
+            d["drsm"]["marked"],
+        )
+        for d in found
+    }
+
+
+async def allocate(pool: Any, count: int) -> set[int]:
+    ids = {await pool.allocate(timeout=LONG) for _ in range(count)}
+    assert len(ids) == count
+    return ids
+
+
+def demux_of(domain: Domain) -> Demux:
+    return Demux.connect(domain.nats_url, POOL, prefix=domain.prefix)
+
+
+def owns(demux: Demux, name: str, ids: set[int]) -> bool:
+    return all((owner := demux.owner(id_)) and owner.name == name for id_ in ids)
+
+
+async def test_what_living_pods_hold_is_put_back_and_no_id_is_issued_twice(domain: Domain) -> None:
+    """One pod has got chunks since the backup, another has begun since, a third lived then and is gone."""
+    async with AsyncExitStack() as lost_time:
+        await lost_time.enter_async_context(domain.agent(**LEASES))
+        async with connect(domain, "amf-kept") as kept, connect(domain, "amf-new") as new:
+            async with connect(domain, "amf-gone") as gone:
+                await allocate(await gone.join(POOL), 20)
+                pool = await kept.join(POOL)
+                ids = await allocate(pool, 20)
+                backup = await back_up(domain)
+            ids |= await allocate(pool, 60)
+            new_pool = await new.join(POOL)
+            new_ids = await allocate(new_pool, 40)
+            before = (kept.incarnation, new.incarnation)
+            await lost_time.aclose()
+            await restore(domain, backup)
+            term = await announce(domain)
+            async with domain.agent(**LEASES), demux_of(domain) as demux:
+                await eventually(lambda: owns(demux, "amf-kept", ids) and owns(demux, "amf-new", new_ids))
+                more, new_more = await asyncio.gather(allocate(pool, 200), allocate(new_pool, 200))
+                assert not (ids | more) & (new_ids | new_more)
+                assert not ids & more
+                assert not new_ids & new_more
+                assert (kept.incarnation, new.incarnation) == before
+                async with connect(domain, "amf-later") as later:
+                    assert later.incarnation is not None
+                    assert later.incarnation >> 32 > term
+
+
+async def test_a_restore_cannot_be_announced_while_an_agent_leads(domain: Domain) -> None:
+    async with domain.agent(**LEASES):
+        with pytest.raises(Misconfigured, match="stop them all"):
+            await announce(domain)
+
+
+async def test_nothing_is_granted_or_claimed_before_every_pod_had_the_time_to_report(domain: Domain) -> None:
+    """An orphan stays one, a new pod gets nothing, for `A + W`, also when the leader changes meanwhile."""
+    async with domain.agent(**LEASES), connect(domain, "amf-gone") as gone:
+        await allocate(await gone.join(POOL), 20)
+        backup = await back_up(domain)
+    await restore(domain, backup)
+    await announce(domain)
+    async with requester(domain.nats_url, domain.prefix) as asking:
+        async with domain.agent(**LEASES):
+            opened = await asking.open("amf-1")
+            with pytest.raises(Failed) as refused:
+                await asking.acquire("amf-1", opened.incarnation)
+            assert (refused.value.failure.error, refused.value.failure.reason) == (
+                "store_unavailable",
+                "data_lost",
+            )
+        async with domain.agent(**LEASES) as agent, renewing(asking, ("amf-1", opened.incarnation)):
+            began = asyncio.get_running_loop().time()
+            assert agent.leader.leading.is_set()
+            await within(asking.seen(lambda: asking.of(m.ChunkClaimed)), LONG)
+            assert asyncio.get_running_loop().time() - began > LEASES["allocation_ttl"] - 1
+            assert len({head.history for head, _ in asking.events}) == 2
+            await asking.acquire("amf-1", opened.incarnation)
+        async with domain.agent(**LEASES):  # the window was closed: no other one
+            await asking.acquire("amf-1", opened.incarnation, request_id="b")
+
+
+async def test_a_chunk_that_two_living_pods_report_is_held_and_scanned_before_anybody_issues_from_it(
+    domain: Domain,
+) -> None:
+    """The backup is from before a death and a claim; the dead one was only cut off, and comes back."""
+    async with requester(domain.nats_url, domain.prefix) as asking:
+        async with domain.agent(**LEASES):
+            cut, claimer = await asking.open("amf-cut"), await asking.open("amf-claimer")
+            ((n, grant),) = (await asking.acquire("amf-cut", cut.incarnation)).chunks
+            async with renewing(asking, ("amf-claimer", claimer.incarnation)):
+                backup = await back_up(domain)
+                await asking.seen(lambda: asking.of(m.ChunkClaimed))
+            later = asking.of(m.ChunkClaimed)[0].grants[0]
+        await restore(domain, backup)
+        await announce(domain)
+        async with (
+            domain.agent(**LEASES),
+            renewing(asking, ("amf-cut", cut.incarnation)),
+            renewing(asking, ("amf-claimer", claimer.incarnation)),
+        ):
+            both = [("amf-cut", cut, grant, False), ("amf-claimer", claimer, later, True)]
+            for name, opened, its_grant, marked in both:
+                report = m.Report(name, opened.incarnation, ((POOL, n, its_grant, marked),), total=1)
+                await asking.ask(asking.subjects.session("report"), report, m.Reported)
+            assert await owner_of(domain, n) == ("amf-cut", cut.incarnation, True)
+            assert (await asking.renew("amf-claimer", claimer.incarnation)).allocation_ms == 0
+            listed = await asking.ask(
+                asking.subjects.session("chunks"), m.SessionRef("amf-cut", cut.incarnation), m.SessionChunks
+            )
+            ((_, listed_n, new, hold_ms),) = listed.chunks
+            assert (listed_n, hold_ms) == (n, 6000)
+            assert new not in {grant, later}
+
+
+async def owner_of(domain: Domain, n: int) -> tuple[str, int, bool]:
+    return (await chunks_in_mongodb(domain))[n]
+
+
+async def test_a_chunk_that_was_given_back_since_the_backup_is_scanned_before_it_is_used(
+    domain: Domain,
+) -> None:
+    """Others may have issued from it in the time that was lost, and be dead now."""
+    in_use: set[int] = set()
+    scanned: list[int] = []
+
+    def ids_in_use(first: int, last: int) -> set[int]:
+        scanned.append(first >> 4)
+        return {id_ for id_ in in_use if first <= id_ <= last}
+
+    async with AsyncExitStack() as lost_time:
+        await lost_time.enter_async_context(domain.agent(**LEASES))
+        async with requester(domain.nats_url, domain.prefix) as asking, connect(domain, "amf-1") as drsm:
+            pool = await drsm.join(POOL, in_use=ids_in_use)
+            ids = await allocate(pool, 40)
+            backup = await back_up(domain)
+            given_back = min(chunks_of(ids))
+            for id_ in sorted(ids):
+                if id_ >> 4 == given_back:
+                    pool.release(id_)
+                    ids.discard(id_)
+            supply = pool._supply
+            assert supply is not None
+            supply.give_back(1)
+            await asking.seen(lambda: asking.of(m.ChunkReleased))
+            (given_back,) = asking.of(m.ChunkReleased)[0].chunks
+            in_use |= {(given_back << 4) + 3, (given_back << 4) + 4}  # another pod's, which is dead
+            await lost_time.aclose()
+            await restore(domain, backup)
+            await announce(domain)
+            async with domain.agent(**LEASES):
+                await until_scanned(pool, given_back)
+                more = await allocate(pool, 100)
+        assert scanned == [given_back]
+        assert not more & in_use
+        assert not more & ids
+
+
+async def until_scanned(pool: Any, n: int) -> None:
+    async with asyncio.timeout(LONG):
+        async for change in pool.changes():
+            if isinstance(change, changes.Scanned) and change.chunk == n:
+                return
+
+
+def chunks_of(ids: set[int]) -> set[int]:
+    return {id_ >> 4 for id_ in ids}
+
+
+async def test_a_pod_that_is_newer_than_the_database_stops_all_granting(domain: Domain) -> None:
+    """A restore that nobody announced: the first pod of a higher term shows it. It gets no verdict."""
+    async with requester(domain.nats_url, domain.prefix) as asking, domain.agent(**LEASES) as agent:
+        opened = await asking.open("amf-1")
+        await asking.acquire("amf-1", opened.incarnation)
+        assert agent.leader.leading.is_set()
+        future = opened.incarnation + (3 << 32)
+        for request_id in ("b", ""):  # said once it may be garbage, and changes nothing
+            with pytest.raises(Failed) as refused:
+                await asking.renew("amf-2", future)
+            assert (refused.value.failure.error, refused.value.failure.reason) == (
+                "store_unavailable",
+                "went_back",
+            )
+            if request_id:
+                await asking.acquire("amf-1", opened.incarnation, request_id=request_id)
+        with pytest.raises(Failed) as refused:
+            await asking.acquire("amf-1", opened.incarnation, request_id="c")
+        assert refused.value.failure.reason == "data_lost"
+
+
+async def test_a_term_that_no_backup_could_have_missed_is_no_sign_of_a_restore(domain: Domain) -> None:
+    """Garbage in a request must not stop the domain."""
+    async with requester(domain.nats_url, domain.prefix) as asking, domain.agent(**LEASES):
+        opened = await asking.open("amf-1")
+        with pytest.raises(Failed) as refused:
+            await asking.renew("amf-2", 2**63)
+        assert refused.value.failure.error == "session_lost"
+        await asking.acquire("amf-1", opened.incarnation)
