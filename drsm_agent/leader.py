@@ -23,6 +23,7 @@ from drsm_agent.core.events import Version
 from drsm_agent.core.lease import Leases
 from drsm_agent.core.restore import Restored, read_restored
 from drsm_agent.core.session import LivenessLeases, full_leases
+from drsm_agent.core.settings import former_liveness
 from drsm_agent.core.table import Table
 from drsm_agent.endpoints import Endpoints
 from drsm_agent.errors import BusUnavailable, LeadLost, PositionLost, StoreUnavailable, Unheard, leaf
@@ -73,6 +74,7 @@ class Leader:
         self._led_at = parts.clock()
         self._following = ("", 0)
         self._restored_unread = True
+        self._former_liveness = 0.0
         self.leading = asyncio.Event()
 
     @property
@@ -224,7 +226,9 @@ class Leader:
     async def _serve(self, lead: Lead, state: State, tasks: asyncio.TaskGroup) -> None:
         parts = self._parts
         await _retrying(lambda: ensure_singletons(parts.store))  # somebody may have dropped them
-        restored = read_restored(await _retrying(lambda: parts.store.read(writes.SETTINGS)))
+        settings = await _retrying(lambda: parts.store.read(writes.SETTINGS))
+        self._former_liveness = former_liveness(settings)
+        restored = read_restored(settings)
         if restored and lead.term <= restored.term:
             self._highest = restored.term
             raise LeadLost(f"a restore was announced: terms go on above {restored.term}")
@@ -364,7 +368,7 @@ class Leader:
         return Grants(self._parts.clock, wait)
 
     def _full_leases(self, table: Table) -> LivenessLeases:
-        return full_leases(table, self._parts.leases, self._parts.clock())
+        return full_leases(table, self._parts.leases, self._parts.clock(), self._former_liveness)
 
 
 async def _until_lost(state: State) -> None:

@@ -75,15 +75,16 @@ class LivenessLeases:
             self.extend(key, until)
 
 
-def full_leases(table: Table, leases: Leases, now: float) -> LivenessLeases:
+def full_leases(table: Table, leases: Leases, now: float, former: float = 0.0) -> LivenessLeases:
     """What a new leader begins with (rule R6): every session gets a full `L` from now on; superseded ones
     keep their chunks that long too.
 
     The leader before may have promised more, if there were more pods then (rule R3): whoever died within
-    the hour still has a document, and counts.
+    the hour still has a document, and counts. Or if its `L` was larger: `former` is the one before the last
+    change of settings.
     """
     liveness = LivenessLeases()
-    until = now + leases.effective_liveness(len(table.sessions))
+    until = now + max(former, leases.effective_liveness(len(table.sessions)))
     for session in table.sessions.values():
         if session.state != DEAD or session.reason == "superseded":
             liveness.extend(session.key, until)

@@ -5,7 +5,7 @@ noticed instead of working against the others, and a pool only in ways that keep
 issued where it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from drsm_agent.core.documents import Document, merge
@@ -13,6 +13,7 @@ from drsm_agent.core.writes import SETTINGS, Insert, Update
 
 POOL_PREFIX = "pool:"
 FIXED = ("kind", "block_bits", "database")  # they say where an id lies
+FORMER = "former_liveness_ms"
 GROWING = ("bits", "slots")  # what was issued stays inside
 
 
@@ -28,7 +29,16 @@ def reconcile(stored: Document | None, configured: Document) -> Insert | Update 
         raise ValueError(_refusal(old, new, faults))
     gone = dict.fromkeys(old.keys() - new.keys())  # a field set to None counts as absent
     guard = {"_id": old["_id"], "revision": old["revision"]}
-    return Update(SETTINGS, guard, set={**gone, **configured})
+    return Update(SETTINGS, guard, set={**gone, **configured, **_former(old)})
+
+
+def former_liveness(documents: Iterable[Document]) -> float:
+    """The `L` before the last change of settings, in seconds: pods may still count on it (rule R3)."""
+    return max((int(document.get(FORMER) or 0) for document in documents), default=0) / 1000
+
+
+def _former(old: Document) -> Document:
+    return {FORMER: old["liveness_ms"]} if "liveness_ms" in old else {}
 
 
 def _faults(old: Document, new: Document) -> Iterator[str]:
@@ -54,4 +64,5 @@ def _some(document: Document, names: list[str]) -> dict[str, Any]:
 
 def _present(document: Document) -> Document:
     """The fields that are not None, tuples as lists: as a database gives them back."""
-    return {name: value for name, value in merge(document, {}).items() if value is not None}
+    fields = merge(document, {})
+    return {name: value for name, value in fields.items() if value is not None and name != FORMER}

@@ -105,6 +105,26 @@ INHERITANCE = Profile(
     usage_lag=0.5,
 )
 
+WRONG_CLOCKS = Profile(
+    "wrong-clocks",
+    faults={"cut_pod": 4, "freeze_pod": 1, "kill_agent": 1, "cut_agent_from_database": 1},
+    clocks=0.04,
+    pace=2.0,
+)
+"""Clocks that keep no promise: what the leases rest on is gone, but nothing else may break."""
+
+SETTINGS = Profile(
+    "settings",
+    faults={"change_settings": 3, "cut_pod": 4, "freeze_pod": 2, "kill_pod": 1},
+    weather=Weather(),
+    pace=4.0,
+    pods=4,
+    allocations=(12.0, 5.0),
+    livenesses=(4.0, 2.5),
+    leaders=(1.0, 2.0),
+)
+"""All agents started again with other settings, one by one."""
+
 PROFILES = {
     profile.name: profile
     for profile in (
@@ -123,5 +143,7 @@ PROFILES = {
         SLOW_TO_SHOW,
         COMING_AND_GOING,
         INHERITANCE,
+        WRONG_CLOCKS,
+        SETTINGS,
     )
 }

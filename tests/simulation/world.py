@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from drsm_agent import ports, settings
-from drsm_agent.core.documents import DEAD
-from drsm_agent.errors import AgentError, StoreUnavailable, leaf
+from drsm_agent.core.documents import DEAD, read_chunk
+from drsm_agent.errors import AgentError, Misconfigured, StoreUnavailable, leaf
 from drsm_agent.service import Agent, stored_settings
 from drsm_agent.store.stored import ensure_stored
 from drsm_sdk import (
@@ -41,6 +41,8 @@ RATE = 0.005
 STORM_SECONDS = 40.0
 PEACE_SECONDS = 4.0
 """First everybody gets to work."""
+LOOK_SECONDS = 0.05
+"""How often leases and demuxes are looked at: much more often than either changes for good."""
 HEALING_SECONDS = 14.0 + ALLOCATION * 1.02 + USAGE_LAG + 15.0
 """The longest freeze, then the longest hold, then what a scan and a claim take."""
 
@@ -90,12 +92,18 @@ class Profile:
     stops: float | None = None
     pace: float | None = None
     rate: float = RATE
+    clocks: float | None = None
+    """How wrong a clock may be when that is more than `rate`, which the leases are made for."""
     extreme: bool = False
     """Every clock as wrong as it may be."""
     cuts: tuple[float, ...] = (0.5, 2.0, 3.0, 4.0, 7.0, 12.0)
     """For how many seconds somebody is cut off NATS."""
     pods: int = 3
     usage_lag: float = USAGE_LAG
+    allocations: tuple[float, ...] = (ALLOCATION,)
+    """The allocation leases that a change of settings chooses from; the first is the one at the start."""
+    livenesses: tuple[float, ...] = (LIVENESS,)
+    leaders: tuple[float, ...] = (LEADER,)
 
 
 ANY = Profile()
@@ -149,6 +157,9 @@ class AgentActor:
     machine: Machine
     bus: AgentBus
     view: View
+    settings: settings.Settings
+    """What it was started with: after a change, those of an agent left behind are refused."""
+    task: "asyncio.Task[None] | None" = None
 
 
 @dataclass(eq=False)
@@ -167,25 +178,8 @@ class World:
         self.loop, self.seed, self.profile = loop, seed, profile
         self.chance = random.Random(seed)
         self.block_bits = self.chance.choice([4, 5, 6])  # 64, 32 or 16 chunks: plenty, or hardly enough
-        self.settings = settings.load(
-            nats_url="nats://simulated:4222",
-            mongo_url="mongodb://simulated/?replicaSet=rs0",
-            mongo_database="simulated",
-            subject_prefix="drsm",
-            pools=[
-                {
-                    "name": POOL,
-                    "bits": 10,
-                    "block_bits": self.block_bits,
-                    "slots": 12,
-                    "usage_lag_ms": round(profile.usage_lag * 1000),
-                }
-            ],
-            liveness_ttl=LIVENESS,
-            allocation_ttl=ALLOCATION,
-            leader_ttl=LEADER,
-            http_port=0,
-            agent_id="agent",
+        self.settings = self._settings(
+            profile.livenesses[0], profile.allocations[0], profile.leaders[0], profile.usage_lag, revision=1
         )
         environment = Node(loop, "world")
         self.node = environment
@@ -196,6 +190,8 @@ class World:
         self.database.lag = self._chosen(profile.lag, 0.0, 0.0, 0.01, 0.05)
         self.observer = Observer(self.database, Subjects("drsm"), loop.time, self.block_bits)
         self.observer.liveness_left = self._liveness_left
+        if profile.clocks is not None:
+            self.observer.waived = frozenset({"G1", "R1", "R5"})
         self.database.changed = self.observer.changed
         self.network.heard = self.observer.heard
         self.contexts: dict[int, Context] = {}
@@ -212,6 +208,32 @@ class World:
 
     def _chosen(self, given: float | None, *choices: float) -> float:
         return given if given is not None else self.chance.choice(choices)
+
+    def _settings(
+        self, liveness: float, allocation: float, leader: float, usage_lag: float, *, revision: int
+    ) -> settings.Settings:
+        return settings.load(
+            nats_url="nats://simulated:4222",
+            mongo_url="mongodb://simulated/?replicaSet=rs0",
+            mongo_database="simulated",
+            subject_prefix="drsm",
+            pools=[
+                {
+                    "name": POOL,
+                    "bits": 10,
+                    "block_bits": self.block_bits,
+                    "slots": 12,
+                    "usage_lag_ms": round(usage_lag * 1000),
+                    "revision": revision,
+                }
+            ],
+            liveness_ttl=liveness,
+            allocation_ttl=allocation,
+            leader_ttl=leader,
+            settings_revision=revision,
+            http_port=0,
+            agent_id="agent",
+        )
 
     def _weather(self) -> Weather:
         chance = self.chance
@@ -243,7 +265,8 @@ class World:
         await self._until_failed(STORM_SECONDS)
         storm.cancel()
         self._calm_down()
-        await self._until_failed(HEALING_SECONDS + self.profile.usage_lag)
+        longer = max(self.profile.allocations) - ALLOCATION
+        await self._until_failed(HEALING_SECONDS + self.profile.usage_lag + max(longer, 0.0))
         await self._until_demuxes_agree()
         self._judge()
 
@@ -290,7 +313,7 @@ class World:
                 if life is not None:
                     left = life.leases.liveness_until - pod.machine.now()
                     self.observer.counts_on(life.incarnation, left)
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(LOOK_SECONDS)
 
     # --- actors ------------------------------------------------------------------------------------
 
@@ -300,7 +323,8 @@ class World:
 
     def _machine(self, name: str) -> Machine:
         node = Node(self.loop, name)
-        slow, fast = 1 - self.profile.rate, 1 + self.profile.rate
+        wrong = self.profile.rate if self.profile.clocks is None else self.profile.clocks
+        slow, fast = 1 - wrong, 1 + wrong
         rates = [slow, fast] if self.profile.extreme else [1.0, slow, fast, self.chance.uniform(slow, fast)]
         rate = self.chance.choice(rates)
         chance = random.Random(self.chance.getrandbits(64))
@@ -308,9 +332,10 @@ class World:
 
     def start_agent(self, name: str) -> None:
         machine = self._machine(name)
-        actor = AgentActor(machine, AgentBus(self.network, machine.node), View(self.database, machine.node))
+        bus, view = AgentBus(self.network, machine.node), View(self.database, machine.node)
+        actor = AgentActor(machine, bus, view, self.settings)
         self.agents.append(actor)
-        machine.node.start(self._guard(self._agent(actor)))
+        actor.task = machine.node.start(self._guard(self._agent(actor)))
 
     async def _agent(self, actor: AgentActor) -> None:
         machine, chance = actor.machine, AgentChance(random.Random(self.chance.getrandbits(64)))
@@ -318,9 +343,9 @@ class World:
             while not actor.bus.connected:
                 await asyncio.sleep(0.2)
             try:
-                await ensure_stored(actor.view, stored_settings(self.settings))
+                await ensure_stored(actor.view, stored_settings(actor.settings))
                 agent = Agent(
-                    self.settings,
+                    actor.settings,
                     actor.view,
                     actor.bus,
                     clock=machine.clock,
@@ -336,6 +361,9 @@ class World:
                 self.observer.note(machine.name, f"ends: {leaf(group)}")
             except StoreUnavailable:
                 pass
+            except Misconfigured:
+                self.observer.note(machine.name, "is refused, and gets the new settings")
+                actor.settings = self.settings
             await asyncio.sleep(chance.jitter(0.5))
 
     def _speaks(self, machine: Machine, agent: Agent) -> Callable[[str], None]:
@@ -473,7 +501,7 @@ class World:
             while True:
                 table = (len(mirror), mirror.checksum)
                 self.observer.demux_holds(actor.machine.name, mirror.history, mirror.version, table)
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(LOOK_SECONDS)
 
     async def _guard(self, work: Awaitable[None]) -> None:
         """Whatever ends an actor by itself ends the world."""
@@ -586,6 +614,36 @@ class World:
     def _start_agent_again(self, name: str) -> None:
         self.start_agent(name)
 
+    def _change_settings(self) -> None:
+        """Other durations, a larger `W`, and all agents started again with them, one by one. Those that end
+        by themselves meanwhile come back with the old ones."""
+        chance, old = self.chance, self.settings
+        self.settings = self._settings(
+            chance.choice(self.profile.livenesses),
+            chance.choice([a for a in self.profile.allocations if a != old.allocation_ttl] or [ALLOCATION]),
+            chance.choice(self.profile.leaders),
+            self.profile.usage_lag + chance.choice([0.0, 1.0]),
+            revision=old.settings_revision + 1,
+        )
+        new = self.settings
+        durations = f"L {new.liveness_ttl:g}, A {new.allocation_ttl:g}, T {new.leader_ttl:g}"
+        self.observer.note("world", f"settings of revision {new.settings_revision}: {durations} s")
+        delay = 0.0
+        for actor in list(self.agents):
+            self.node.later(delay, self._roll, actor)
+            delay += chance.choice([0.5, 2.0, 4.0])
+
+    def _roll(self, actor: AgentActor) -> None:
+        if actor in self.agents and actor.task is not None and not actor.machine.node.stopped:
+            self.observer.note(actor.machine.name, "is told to end")
+            actor.task.cancel()
+            self.node.later(self.chance.choice([0.1, 1.0]), self._roll_on, actor)
+
+    def _roll_on(self, actor: AgentActor) -> None:
+        if actor in self.agents:
+            self._bury(actor, self.agents)
+            self.start_agent(actor.machine.name)
+
     def _elect(self) -> None:
         seconds = self.chance.choice([0.5, 2.0, 5.0])
         self.observer.note("mongodb", f"elects for {seconds:g} s")
@@ -618,14 +676,8 @@ class World:
             await asyncio.sleep(0.02)
 
     def _truth(self) -> dict[int, tuple[str, int]]:
-        return {
-            int(document["chunkId"].removeprefix("chunkid-")): (
-                document["podId"],
-                document["drsm"]["incarnation"],
-            )
-            for document in self.database.documents(POOL)
-            if document["type"] == "chunk"
-        }
+        chunks = [read_chunk(document) for document in self.database.documents(POOL)]
+        return {chunk.n: chunk.owner.key for chunk in chunks if chunk is not None}
 
     @staticmethod
     def _held(actor: DemuxActor) -> dict[int, tuple[str, int]]:
@@ -638,17 +690,13 @@ class World:
             (document["_id"].rpartition(":")[0], int(document["_id"].rpartition(":")[2])): document
             for document in self.database.documents("drsm_sessions")
         }
-        table = {
-            int(document["chunkId"].removeprefix("chunkid-")): document
-            for document in documents
-            if document["type"] == "chunk"
-        }
-        for n, document in sorted(table.items()):
-            owner = (document["podId"], document["drsm"]["incarnation"])
+        table = {chunk.n: chunk for chunk in map(read_chunk, documents) if chunk is not None}
+        for n, chunk in sorted(table.items()):
+            owner = chunk.owner.key
             session = sessions.get(owner)
             if session is None or session["state"] == DEAD:
                 observer.broken("G3", f"chunk {n} still belongs to {owner}, which is dead")
-            if document["drsm"]["marked"]:
+            if chunk.marked:
                 observer.broken("G3", f"chunk {n} of {owner} is still marked")
         truth = self._truth()
         for actor in self.demuxes:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from drsm_agent.core.documents import Document
-from drsm_agent.core.settings import reconcile
+from drsm_agent.core.settings import former_liveness, reconcile
 from drsm_agent.core.table import STAMPS
 from drsm_agent.core.writes import POSITION, SETTINGS, Insert, Update, save_position, touch_stamp
 from drsm_agent.errors import Misconfigured, StoreUnavailable
@@ -65,9 +65,13 @@ def test_an_agent_with_an_older_revision_does_not_start() -> None:
 
 
 def test_a_higher_revision_replaces_exactly_the_one_that_was_seen() -> None:
-    """Guarded, so that two changes at once cannot both win."""
+    """Guarded, so that two changes at once cannot both win. The `L` before it is kept, as pods may still
+    count on it, and is no setting to compare."""
     new = SETTING | {"allocation_ms": 60_000, "revision": 2}
-    assert reconcile(SETTING, new) == Update(SETTINGS, {"_id": "settings", "revision": 1}, set=new)
+    stored = new | {"former_liveness_ms": SETTING["liveness_ms"]}
+    assert reconcile(SETTING, new) == Update(SETTINGS, {"_id": "settings", "revision": 1}, set=stored)
+    assert reconcile(stored, new) is None
+    assert former_liveness([stored]) == SETTING["liveness_ms"] / 1000
 
 
 @pytest.mark.parametrize(

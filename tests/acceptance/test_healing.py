@@ -1,0 +1,85 @@
+"""A pod and the agent that disagree about chunks agree again, within two renewals and one request."""
+
+import asyncio
+
+from drsm_sdk import Drsm, Pod
+from drsm_sdk.wire import codec
+from drsm_sdk.wire import messages as m
+from tests.harness import POOL, Domain, Requester, eventually, mongo_client, mongo_table, renewing, within
+
+TINY = {"pools": [{"name": POOL, "slots": 10, "usage_lag_ms": 0}]}
+RENEWALS_MOST = 4
+"""Two that differ; one that may be on its way when the disagreement begins, one while the list is fetched."""
+
+
+async def renewals_of(asking: Requester) -> list[str]:
+    seen: list[str] = []
+
+    async def note(message: object) -> None:
+        seen.append(codec.unpack(m.Renew, message.data).pod)  # type: ignore[attr-defined]
+
+    await asking.client.subscribe(asking.subjects.session("renew"), cb=note)
+    await asking.client.flush()
+    return seen
+
+
+def drsm_of(domain: Domain) -> Drsm:
+    return Drsm.connect(domain.nats_url, Pod("amf-1", "10.0.0.1", "nf"), prefix=domain.prefix)
+
+
+async def test_a_chunk_whose_grant_was_never_heard_is_taken_up_and_issued_from(domain: Domain) -> None:
+    async with domain.served(**TINY) as asking, drsm_of(domain) as drsm:
+        pool = await drsm.join(POOL)
+        seen = await renewals_of(asking)
+        assert drsm.incarnation is not None
+        granted = await asking.acquire("amf-1", drsm.incarnation, 1, "lost-answer")
+        ((n, grant),) = granted.chunks
+        before = len(seen)
+        await eventually(lambda: (n, grant, False) in pool.holdings())
+        assert len(seen) - before <= RENEWALS_MOST
+        issued = [await pool.allocate() for _ in range(40)]
+        assert len(set(issued)) == 40
+        assert n in {id_ >> 10 for id_ in issued}
+
+
+async def test_a_chunk_that_vanished_from_the_database_is_dropped_and_never_issued_from(
+    domain: Domain,
+) -> None:
+    async with domain.served(**TINY) as asking, drsm_of(domain) as drsm, mongo_client(domain) as client:
+        pool = await drsm.join(POOL)
+        id_ = await pool.allocate()
+        n, grant = id_ >> 10, pool.grant(id_)
+        seen = await renewals_of(asking)
+        await client[domain.database][POOL].delete_one({"_id": f"chunkid-{n}"})
+        before = len(seen)
+        await eventually(lambda: all(held[:2] != (n, grant) for held in pool.holdings()))
+        assert len(seen) - before <= RENEWALS_MOST
+        assert not pool.valid(id_)
+        for _ in range(60):
+            other = await pool.allocate()
+            assert pool.grant(other) != grant
+        assert not pool.valid(id_)
+
+
+async def test_doubled_and_late_requests_change_nothing(domain: Domain) -> None:
+    async with domain.served(**TINY) as asking:
+        mine = (await asking.open("amf-1")).incarnation
+        async with renewing(asking, ("amf-1", mine)):
+            answers = await asyncio.gather(*[asking.acquire("amf-1", mine, 2, "same") for _ in range(5)])
+            assert len({answer.chunks for answer in answers}) == 1
+            chunks = answers[0].chunks
+            assert set(await mongo_table(domain)) == {n for n, _ in chunks}
+            gone = m.ChunkList("amf-1", mine, chunks[:1])
+            release = asking.subjects.pool(POOL, "release")
+            scanned = asking.subjects.pool(POOL, "scanned")
+            await asyncio.gather(*[asking.ask(release, gone, m.Released) for _ in range(3)])
+            assert set(await mongo_table(domain)) == {chunks[1][0]}
+            other = (await asking.open("amf-2")).incarnation
+            async with renewing(asking, ("amf-2", other)):
+                await asking.acquire("amf-2", other, 3, "other")
+                table = await mongo_table(domain)
+                for _ in range(3):
+                    await asking.ask(release, gone, m.Released)
+                    await asking.ask(scanned, gone, m.Cleared)
+                    await within(asyncio.sleep(0))
+                assert await mongo_table(domain) == table
