@@ -181,9 +181,19 @@ class Leader:
                 log.warning("lead_not_renewed", error=str(error) or "time-out")
                 continue
             if not outcome.changed:
+                self._check_clocks()
                 self._election.lost()
                 raise LeadLost("another agent has taken the lead")
             self._election.renewed(sent)
+
+    def _check_clocks(self) -> None:
+        """Somebody has taken the lead: with time left on it, what the lease rests on does not hold."""
+        if self._election.held(self._parts.clock()):
+            self._parts.metrics.contradictions.inc()
+            log.error(
+                "lead_taken_early",
+                action="check the machines' clocks: they differ by more than 1 %, unless somebody wrote it",
+            )
 
     async def _give_up(self, mine: writes.LeaderRecord) -> None:
         """Let a standby take over at once. Guarded by holder and term, so harmless when already lost."""

@@ -31,6 +31,11 @@ class Metrics:
             ["code"],
             registry=r,
         )
+        self.contradictions = Counter(
+            "drsm_lease_contradictions",
+            "Times the lead was taken while its lease still ran: clocks differ by more than 1 %",
+            registry=r,
+        )
         self.claims = Counter("drsm_claims", "Orphans claimed for a living pod", registry=r)
         self.conflicts = Counter(
             "drsm_conflicts", "Chunk numbers that another allocator had picked first", registry=r

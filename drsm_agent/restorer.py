@@ -71,13 +71,12 @@ class Restorer:
         return self._open and not known and bool(report.pools) and self._was_lost(report.incarnation)
 
     def check_reported(self, session: Session) -> None:
-        """Raise Refused while it is not settled what a session holds: it would drop the rest."""
-        if self.takes(session) and not (
-            session.key in self._complete and not any(self._pending(session.key))
-        ):
+        """Raise Refused while it is not settled what a session holds: it would drop what is not put back
+        yet, and take up what it did not report and others may."""
+        if self.takes(session):
             raise Refused(
                 "store_unavailable",
-                "the database was restored: report what you hold first, with session.report",
+                "the database was restored: who holds what is being found out",
                 reason="restoring",
                 retry=True,
             )

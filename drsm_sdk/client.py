@@ -100,6 +100,12 @@ class Drsm:
         return self._session.state
 
     @property
+    def alarms(self) -> int:
+        """How often this pod was declared dead while its lease still ran: above 0, clocks differ by more than
+        the leases allow for (1 %), and the log says so."""
+        return self._session.alarms
+
+    @property
     def incarnation(self) -> int | None:
         """This life of the pod's name; None while there is no session."""
         return self._session.life.incarnation if self._session.life is not None else None

@@ -271,6 +271,10 @@ class Pool:
         if self._supply is not None:
             self._supply.give_back(count)
 
+    def forget_versions(self) -> None:
+        if self._supply is not None:
+            self._supply.forget_versions()
+
     # --- inside ---------------------------------------------------------------------------------
 
     def _follow_end(self) -> Stock:

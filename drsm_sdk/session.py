@@ -68,6 +68,9 @@ class Member(Protocol):
     def give_back(self, count: int) -> None:
         """The agent asks for empty chunks back."""
 
+    def forget_versions(self) -> None:
+        """Another history began: what is told from now on is newer than whatever was told before."""
+
 
 @dataclass(slots=True, eq=False)
 class Life:
@@ -113,6 +116,7 @@ class Session:
         self.life: Life | None = None
         self.lost_reason = "not opened yet"
         self.closing = False
+        self.alarms = 0
         self.members: dict[str, Member] = {}
         self._rpc = rpc
         self._stop_when_suspect = stop_when_suspect
@@ -192,6 +196,8 @@ class Session:
         """The life is over, whoever said so. Does nothing for one that has ended before."""
         if life is not self.life:
             return
+        if reason == "expired":
+            self._check_clocks(life)
         self.life, self.lost_reason = None, reason
         self._opened.clear()
         life.leases.revoke()
@@ -201,6 +207,19 @@ class Session:
         self._wake.set()
         level = logging.INFO if self.closing else logging.WARNING
         log.log(level, "session %s of pod %s is over: %s", life.incarnation, self.pod.name, reason)
+
+    def _check_clocks(self, life: Life) -> None:
+        """Declared dead with time left on the lease: what the leases rest on does not hold."""
+        left = life.leases.liveness_until - self.clock()
+        if left > 0:
+            self.alarms += 1
+            log.error(
+                "session %s of pod %s was declared dead %.3f s before its lease ended: clocks differ by more "
+                "than 1 %%; check them, ids may be issued twice until they agree",
+                life.incarnation,
+                self.pod.name,
+                left,
+            )
 
     # --- its life -------------------------------------------------------------------------------
 
@@ -356,6 +375,8 @@ class Session:
                 answer = await self.ask(life, subject, request, wire.SessionChunks, CHUNKS_TIMEOUT)
             except DrsmError as error:
                 log.info("the agent did not say which chunks this pod has: %s", error)
+                life.unsettled.set()
+                backoff.reset()
             else:
                 self._follow(answer.body)
             await asyncio.sleep(backoff.delay())
@@ -373,8 +394,14 @@ class Session:
     def _see_history(self, life: Life, history: str) -> None:
         """Another history: the database may have been restored. Say which chunks are in use here."""
         if history != life.history:
-            life.history = history
+            self._begin_history(life, history)
             life.reported.set()
+
+    def _begin_history(self, life: Life, history: str) -> None:
+        """Versions of two histories are not compared: the database's time may have gone back."""
+        life.history = history
+        for member in self.members.values():
+            member.forget_versions()
 
     async def _report(self, life: Life) -> None:
         while True:
@@ -416,7 +443,8 @@ class Session:
         if stamp is None or stamp.history == life.history:
             self.end(life, lost.reason)
             return
-        life.history, life.reporting = stamp.history, True
+        self._begin_history(life, stamp.history)
+        life.reporting = True
         life.leases.revoke()
         life.counts_from = self.clock()
         try:

@@ -250,6 +250,13 @@ class Stock:
         """(number, grant) of chunks that were retired and not answered yet."""
         return sorted(self._retired)
 
+    def retire_again(self, n: int, grant: str) -> None:
+        """A chunk that this pod has let go of, and that the agent still counts as its own: to be given back.
+        Nothing happens for one that is held, or was never taken up."""
+        if self.seen(n, grant) and self.get(n, grant) is None and (n, grant) not in self._retired:
+            self._retired.add((n, grant))
+            self._checksum += holding(n, grant, marked=False)
+
     def settle(self, n: int, grant: str) -> None:
         """The agent has taken a retired chunk back."""
         if (n, grant) in self._retired:

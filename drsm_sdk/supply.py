@@ -93,6 +93,10 @@ class Supply:
         self._asked_back = count
         self._wake_returns.set()
 
+    def forget_versions(self) -> None:
+        """Another history began, whose versions do not compare with these."""
+        self._acquired = self._listed = (0, 0)
+
     def end(self) -> None:
         """Stop at once."""
         for task in (*self._tasks, *self._scans.values()):
@@ -120,6 +124,8 @@ class Supply:
                 self.stock.settle(n, grant)
         for n, grant, hold_ms in listed:
             self.stock.set_mark(n, grant, marked=hold_ms is not None)
+            if hold_ms is None:
+                self.stock.retire_again(n, grant)
         self._take_up(listed)
         self._wake_returns.set()
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from drsm_agent.core.documents import Chunk, Document, Owner, Session
+from drsm_agent.core.documents import GO_INCARNATION, Chunk, Document, Owner, Session
 from drsm_agent.core.table import PoolTable
 from drsm_agent.core.writes import SETTINGS, Insert, Update
 
@@ -125,24 +125,27 @@ def decide(
     last: bool = False,
 ) -> Decided:
     """What follows from the reports so far. `complete` are the pods that have reported all they hold, and
-    `undead` the sessions that may still do; a chunk of one of these is not given to another before the
-    `last` time, when whoever reports it has to let it go. `settled` reports were decided before."""
+    `undead` the sessions that may still do; a chunk of one of these is not given to another: at the `last`
+    time it keeps it, marked, and whoever reports it lets it go. `settled` reports were decided before."""
     steps: list[Step] = []
     refused: set[tuple[Key, int]] = set()
     for n, sayers in _by_number(pool, reports).items():
         if all((key, n) in settled for key in sayers):
             continue
         seen = pool.chunks.get(n)
-        if len(sayers) > 1:
+        if seen is not None and seen.owner.key not in sayers and seen.owner.key in undead - complete:
+            if last:
+                refused |= {(key, n) for key in sayers}
+                if seen.owner.incarnation != GO_INCARNATION:
+                    steps.append(Step(n, seen, seen.owner, "", marked=True))
+        elif len(sayers) > 1:
             refused |= {(key, n) for key in sayers}
             keeper = seen.owner.key if seen and seen.owner.key in sayers else min(sayers)
             steps.append(Step(n, seen, pool.live[keeper], "", marked=True))
-            continue
-        ((key, said),) = sayers.items()
-        if seen is not None and seen.owner.key != key and seen.owner.key in undead - complete:
-            refused |= {(key, n)} if last else set()
-        elif seen is None or (seen.owner.key, seen.grant, seen.marked) != (key, said.grant, said.marked):
-            steps.append(Step(n, seen, pool.live[key], said.grant, said.marked))
+        else:
+            ((key, said),) = sayers.items()
+            if seen is None or (seen.owner.key, seen.grant, seen.marked) != (key, said.grant, said.marked):
+                steps.append(Step(n, seen, pool.live[key], said.grant, said.marked))
     return Decided(steps, refused)
 
 

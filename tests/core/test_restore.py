@@ -7,6 +7,7 @@ from drsm_agent.core.writes import Insert, Update
 
 POOL = "amfid"
 ONE, TWO = Owner("amf-1", "10.0.0.1", "i", 1), Owner("amf-2", "10.0.0.2", "i", 2)
+OTHER = Owner("amf-3", "10.0.0.3", "i", 3)
 OLD, NEW, THIRD = "0" * 16, "1" * 16, "2" * 16
 BOTH = {ONE.key, TWO.key}
 
@@ -63,7 +64,18 @@ def test_a_living_owners_chunk_waits_until_that_one_has_reported() -> None:
     assert (waiting.steps, waiting.refused) == ([], set())
     assert brief(decide(table, reports, BOTH, BOTH)) == [(3, "amf-2", NEW, False)]
     last = decide(table, reports, {TWO.key}, BOTH, last=True)
-    assert (last.steps, last.refused) == ([], {(TWO.key, 3)})
+    assert (brief(last), last.refused) == ([(3, "amf-1", "", True)], {(TWO.key, 3)})
+
+
+def test_a_chunk_of_a_living_owner_goes_to_none_of_several_that_report_it() -> None:
+    """Before the owner has said whether it holds it, nothing happens; and what a Go pod has it keeps."""
+    living = (ONE, TWO, OTHER)
+    reports = {key: {3: Said(NEW, marked=True)} for key in BOTH}
+    assert not decide(pool(owned(3, OTHER), living=living), reports, BOTH, {*BOTH, OTHER.key}).steps
+    go = Owner("go-1", "10.0.0.9", "i", 0)
+    table = pool(Chunk(3, go.name, go.ip, go.instance), living=living)
+    last = decide(table, reports, BOTH, {*BOTH, go.key}, last=True)
+    assert (last.steps, last.refused) == ([], {(key, 3) for key in BOTH})
 
 
 def test_what_two_living_pods_report_stays_with_its_owner_by_a_new_grant_and_marked() -> None:

@@ -251,6 +251,18 @@ def test_a_chunk_is_not_retired_while_one_of_its_ids_rests() -> None:
     assert stock.retire(5.0, idle=0.0, keep=0, most=9) == [1]
 
 
+def test_what_was_let_go_of_and_is_listed_all_the_same_is_given_back_again() -> None:
+    """It counts as held meanwhile, so that both sides agree; what is held, or never was, is left alone."""
+    stock = filled(SMALL, 1, 2)
+    held = stock.held()
+    stock.drop(1)
+    for n in (1, 1, 2, 3):
+        stock.retire_again(n, grant(n))
+    assert (stock.held(), stock.retired()) == (held, [(1, grant(1))])
+    stock.settle(1, grant(1))
+    assert stock.retired() == []
+
+
 def test_a_retired_grant_never_issues_again_and_counts_as_held_until_answered() -> None:
     stock = filled()
     held = stock.held()

@@ -11,15 +11,17 @@ from typing import Any
 from unittest.mock import patch
 
 from drsm_agent import reaper, requests
-from drsm_agent.core import election, writes
+from drsm_agent.core import election, restore, writes
 from drsm_agent.core.documents import Document, chunk_key
 from drsm_agent.core.placement import hold_ms
 from drsm_agent.core.session import LivenessLeases
 from drsm_agent.errors import BusUnavailable
 from drsm_agent.lead import Lead
 from drsm_agent.leader import Leader
+from drsm_agent.reign import Grants
 from drsm_agent.relay import Relay
 from drsm_agent.requests import Requests
+from drsm_agent.restorer import Restorer
 from drsm_sdk import PoolEmpty
 from drsm_sdk.mirror import Mirror
 from drsm_sdk.pool import Pool
@@ -37,6 +39,9 @@ from tests.simulation.profiles import (
     LOSSES,
     PARTITIONS,
     RECONNECTS,
+    RESTORES,
+    RETURNING,
+    SHRINKING,
     SLOW_TO_SHOW,
     STOPS,
 )
@@ -170,7 +175,31 @@ def _release_counts_at_once(self: Stock, chunk: Any, id_: int) -> None:
     _release_closed(self, chunk, id_)
 
 
+def _as_promised_today(orphan: Any, former: Any, allocation_ms: int, usage_lag_ms: int) -> int:
+    forgotten = former and replace(former, promised_ms=0)
+    return hold_ms(orphan, forgotten, allocation_ms, usage_lag_ms)
+
+
+def _any_history(self: Mirror, head: Any, body: Any) -> Any:
+    return _apply(self, replace(head, history=self.history or head.history), body)
+
+
 ABLATIONS: tuple[Ablation, ...] = (
+    Ablation("a hold forgets what was promised", "4", SHRINKING, ((reaper, "hold_ms", _as_promised_today),)),
+    Ablation(
+        "leases go on at once after a restore",
+        "G1",
+        RETURNING,
+        ((Restorer, "may_issue", lambda *_, **__: True),),
+    ),
+    Ablation("grants go on at once after a restore", "G1", RESTORES, ((Grants, "left", lambda _: 0.0),)),
+    Ablation("a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),)),
+    Ablation(
+        "what was given back before a restore stays unmarked",
+        "G1",
+        RESTORES,
+        ((restore, "left_over", lambda *_: ()),),
+    ),
     Ablation(
         "a mark is forgotten when its owner closes",
         "4",

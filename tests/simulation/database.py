@@ -10,6 +10,7 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from drsm_agent.core.documents import Document
@@ -25,6 +26,14 @@ LATE = 10.0
 """Seconds after which a write whose client has given it up may still take effect."""
 PATIENCE = 3.0
 """Seconds after which the driver gives an operation up, as `store.mongo` tells it to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backup:
+    """All documents as of a cluster time."""
+
+    at: int
+    spaces: dict[str, list[Document]]
 
 
 class Database(MemoryStore):
@@ -46,12 +55,25 @@ class Database(MemoryStore):
         self.available = asyncio.Event()
         self.available.set()
         self.calm = False
+        self.life = 0
+        """Which life of the database this is: a restore begins another."""
         self._in_bulk = False
 
     def elect(self, seconds: float) -> None:
         """No primary for a while."""
         self.available.clear()
         self.node.later(seconds, self.available.set)
+
+    def back_up(self) -> Backup:
+        """Everything that there is, as of now."""
+        return Backup(self._now, {space: self._documents(space) for space in self._spaces})
+
+    def restore(self, backup: Backup) -> None:
+        """What was written since is gone; cluster time begins where it was then, or goes on."""
+        self.life += 1
+        self._now = self.chance.choice([backup.at, self._now]) + 1
+        self._spaces = {space: {d["_id"]: d for d in documents} for space, documents in backup.spaces.items()}
+        self._oplog.clear()
 
     def doubts(self, writes: Sequence[Write]) -> bool:
         """Whether the outcome of these shall stay unknown."""
@@ -151,7 +173,12 @@ class View:
             case "done":
                 await database.apply(writes)
             case "late":
-                delay = database.chance.uniform(0, LATE)
-                database.node.later(delay, lambda: database.node.start(database.apply(writes)))
+                delay, life = database.chance.uniform(0, LATE), database.life
+
+                def arrive() -> None:
+                    if database.life == life:
+                        database.node.start(database.apply(writes))
+
+                database.node.later(delay, arrive)
         await asyncio.sleep(database.chance.uniform(0, PATIENCE))
         raise StoreUnavailable("the outcome of a write is unknown")

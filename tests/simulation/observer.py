@@ -48,11 +48,19 @@ class Observer:
     what an alarm of wrong clocks must tell."""
     liveness_left: Callable[[int], float] = lambda incarnation: 0.0
     """Seconds for which a living pod may still count on not being declared dead."""
+    may_issue: Callable[[Key], bool] = lambda owner: True
+    """Whether an incarnation counts on its allocation lease, whatever the database says."""
+    holds: Callable[[Key, int], bool] = lambda owner, n: True
+    """Whether a living pod holds a chunk, whatever the database says."""
+    was_restored: bool = False
     _announced: set[tuple[int, str, int]] = field(default_factory=set)
     _issuers: dict[int, list[tuple[Key, str]]] = field(default_factory=lambda: defaultdict(list))
     _table: dict[int, Key] = field(default_factory=dict)
     _sums: dict[int, set[tuple[int, int]]] = field(default_factory=lambda: defaultdict(set))
     _sum: int = 0
+    _histories: set[str] = field(default_factory=set)
+    _lost_histories: set[str] = field(default_factory=set)
+    _lost_sums: dict[int, set[tuple[int, int]]] = field(default_factory=dict)
     _dead_at: dict[int, float] = field(default_factory=dict)
     _expired: set[int] = field(default_factory=set)
     _asked: dict[str, tuple[int, float, str]] = field(default_factory=dict)
@@ -77,17 +85,22 @@ class Observer:
         n = id_ >> self.block_bits
         if id_ == 0:
             self.broken("G1", "id 0 was issued")
-        if (issue := self.in_use.get(id_)) is not None:
+        if (issue := self.in_use.get(id_)) is not None and not self._forgotten(issue.owner, n):
             self.broken("G1", f"id {id_} issued by {owner} is in use since {issue.owner} issued it")
         if (n, *owner) not in self._announced:
             self.broken("G4", f"id {id_} issued by {owner} before its ownership of chunk {n} was announced")
         issuers = self._issuers[n]
         if not issuers or issuers[-1] != (owner, grant):
-            if (owner, grant) in issuers:
+            if (owner, grant) in issuers and not self._forgotten(issuers[-1][0], n):
                 self.broken("G1", f"chunk {n} is issued from by {owner} again, after {issuers[-1][0]}")
             issuers.append((owner, grant))
         issue = self.in_use[id_] = Issue(owner, grant)
         return issue
+
+    def _forgotten(self, owner: Key, n: int) -> bool:
+        """What was issued in the time that a restore has lost nobody can know, if its owner was not heard of
+        since for so long that it may not issue any more, or has let go of the chunk."""
+        return self.was_restored and not (self.may_issue(owner) and self.holds(owner, n))
 
     def release(self, id_: int, issue: Issue) -> None:
         if self.in_use.get(id_) is issue:
@@ -100,6 +113,24 @@ class Observer:
             self._session_changed(change)
         elif change.space == POOL and change.key.startswith("chunkid-"):
             self._chunk_changed(change)
+
+    def restored(self) -> None:
+        """The database is what it was at its backup: what it has forgotten, has not happened."""
+        self.was_restored = True
+        self._table, self._sum = {}, 0
+        self._lost_sums, self._sums = self._sums, defaultdict(set)
+        self._lost_histories = set(self._histories)
+        for chunk in map(read_chunk, self.database.documents(POOL)):
+            if chunk is not None:
+                self._table[chunk.n] = chunk.owner.key
+                self._sum += checksum.ownership(chunk.n, *chunk.owner.key)
+        dead = {
+            int(document["_id"].rpartition(":")[2])
+            for document in self.database.documents("drsm_sessions")
+            if document["state"] == DEAD
+        }
+        self._dead_at = {one: at for one, at in self._dead_at.items() if one in dead}
+        self._expired &= dead
 
     def _session_changed(self, change: Change) -> None:
         document = self.database.document("drsm_sessions", change.key)
@@ -133,7 +164,7 @@ class Observer:
             "mongodb",
             f"chunk {n} of {former[0]}:{former[1] & 0xFFFF} claimed by {owner[0]}:{owner[1] & 0xFFFF}",
         )
-        if former[1] not in self._dead_at:
+        if former[1] not in self._dead_at and (not self.was_restored or self.holds(former, n)):
             self.broken("G2", f"chunk {n} was taken from {former}, whose session lives")
 
     # --- the server (G4, G5, R2) ------------------------------------------------------------------
@@ -152,6 +183,7 @@ class Observer:
         kind = m.EVENT_KINDS[self.subjects.event_verb(packet.subject)]
         fields = codec.decode(packet.data)
         head, body = codec.from_map(m.EventHead, fields), codec.from_map(kind, fields)
+        self._histories.add(head.history)
         if not isinstance(body, m.Sync):
             self.note("nats", m.summary(head, body))
         match body:
@@ -182,7 +214,8 @@ class Observer:
 
     def demux_holds(self, who: str, history: str, version: m.Version, table: tuple[int, int]) -> None:
         """A demux has a table of so many chunks and this checksum, as of a version."""
-        known = self._sums.get(version[0])
+        sums = self._lost_sums if history in self._lost_histories else self._sums
+        known = sums.get(version[0])
         if known is not None and table not in known:
             self.broken("G5", f"{who} has a table at {version} that the database never had")
         before = self._versions.get(who)

@@ -108,7 +108,7 @@ INHERITANCE = Profile(
 WRONG_CLOCKS = Profile(
     "wrong-clocks",
     faults={"cut_pod": 4, "freeze_pod": 1, "kill_agent": 1, "cut_agent_from_database": 1},
-    clocks=0.04,
+    clocks=0.2,
     pace=2.0,
 )
 """Clocks that keep no promise: what the leases rest on is gone, but nothing else may break."""
@@ -124,6 +124,44 @@ SETTINGS = Profile(
     leaders=(1.0, 2.0),
 )
 """All agents started again with other settings, one by one."""
+
+RESTORES = Profile(
+    "restores",
+    faults={"cut_pod": 5, "freeze_pod": 2, "kill_pod": 2, "close_pod": 1, "kill_agent": 1, "cut_agent": 1},
+    weather=Weather(loss=0.05),
+    pace=3.0,
+    pods=4,
+    restores=True,
+)
+"""The database goes back to a backup, and pods have got, given back, lost and claimed chunks since."""
+
+RETURNING = replace(
+    RESTORES,
+    name="returning",
+    faults={"cut_pod": 5},
+    weather=Weather(),
+    pace=1.5,
+    pods=5,
+    usage_lag=0.2,
+    cuts=(8.0, 10.0, 14.0),
+    allocations=(4.0,),
+)
+"""Pods that died in the lost time without knowing, and whose chunks others issue from, come back."""
+
+SHRINKING = Profile(
+    "shrinking",
+    faults={"change_settings": 1, "cut_pod": 5},
+    weather=Weather(),
+    doubt=0.0,
+    lag=0.0,
+    stops=0.0,
+    pace=1.5,
+    pods=5,
+    usage_lag=0.2,
+    cuts=(13.0,),
+    allocations=(14.0, 4.0),
+)
+"""`A` becomes smaller while pods are cut off that were promised the larger one."""
 
 PROFILES = {
     profile.name: profile
@@ -145,5 +183,8 @@ PROFILES = {
         INHERITANCE,
         WRONG_CLOCKS,
         SETTINGS,
+        RESTORES,
+        RETURNING,
+        SHRINKING,
     )
 }

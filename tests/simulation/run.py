@@ -34,6 +34,10 @@ class Outcome:
     issued: int
     claims: int
     profile: str
+    contradicted: int
+    """Incarnations that were declared dead while they counted on their lease."""
+    alarms: int
+    """How often a pod noticed that."""
 
     @property
     def story(self) -> str:
@@ -63,7 +67,16 @@ def simulate(seed: int, profile: Profile = ANY) -> Outcome:
         except (AssertionError, Exception, Spinning, Stuck) as failure:
             error = failure
     observer = worlds[0].observer
-    return Outcome(seed, error, observer.timeline, observer.issued, observer.claims, profile.name)
+    return Outcome(
+        seed,
+        error,
+        observer.timeline,
+        observer.issued,
+        observer.claims,
+        profile.name,
+        contradicted=len(observer.contradicted),
+        alarms=worlds[0].alarms,
+    )
 
 
 @contextmanager

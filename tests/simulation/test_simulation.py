@@ -11,11 +11,13 @@ from multiprocessing.pool import AsyncResult
 import pytest
 
 from tests.simulation.ablations import ABLATIONS, Ablation
-from tests.simulation.profiles import PROFILES
+from tests.simulation.profiles import PROFILES, WRONG_CLOCKS
 from tests.simulation.run import outcomes, simulate
 
 SEEDS = 300
 SEEDS_OF_A_PROFILE = 8
+SEEDS_OF_ALARMS = 30
+"""Few pods hear that they were declared dead before their lease ends: most are cut off then."""
 ABLATION_SEEDS = 100
 """A safeguard that is missing shows within so many seeds; most of them within ten."""
 
@@ -31,6 +33,7 @@ def test_what_happens_follows_from_the_seed_alone() -> None:
 def test_no_guarantee_is_broken_whatever_happens() -> None:
     runs = [(seed, "any") for seed in range(SEEDS)]
     runs += [(seed, name) for name in PROFILES for seed in range(1000, 1000 + SEEDS_OF_A_PROFILE)]
+    runs += [(seed, WRONG_CLOCKS.name) for seed in range(SEEDS_OF_ALARMS)]
     told = list(outcomes(runs))
     broken = [one.story for one in told if one.error is not None]
     assert not broken, "\n\n".join(broken)
@@ -38,6 +41,8 @@ def test_no_guarantee_is_broken_whatever_happens() -> None:
         sum(one.issued for one in told) > 1000 * len(runs) / 2
     )  # a world in which nothing works proves nothing
     assert sum(one.claims for one in told) > len(runs)
+    assert {one.profile for one in told if one.contradicted} == {WRONG_CLOCKS.name}
+    assert {one.profile for one in told if one.alarms} == {WRONG_CLOCKS.name}
 
 
 Searches = dict[str, "AsyncResult[int | None]"]

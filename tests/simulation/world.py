@@ -13,6 +13,7 @@ from typing import Any
 from drsm_agent import ports, settings
 from drsm_agent.core.documents import DEAD, read_chunk
 from drsm_agent.errors import AgentError, Misconfigured, StoreUnavailable, leaf
+from drsm_agent.restored import announce_restored
 from drsm_agent.service import Agent, stored_settings
 from drsm_agent.store.stored import ensure_stored
 from drsm_sdk import (
@@ -104,6 +105,8 @@ class Profile:
     """The allocation leases that a change of settings chooses from; the first is the one at the start."""
     livenesses: tuple[float, ...] = (LIVENESS,)
     leaders: tuple[float, ...] = (LEADER,)
+    restores: bool = False
+    """The database is restored from a backup, once."""
 
 
 ANY = Profile()
@@ -190,6 +193,7 @@ class World:
         self.database.lag = self._chosen(profile.lag, 0.0, 0.0, 0.01, 0.05)
         self.observer = Observer(self.database, Subjects("drsm"), loop.time, self.block_bits)
         self.observer.liveness_left = self._liveness_left
+        self.observer.may_issue, self.observer.holds = self._may_issue, self._holds
         if profile.clocks is not None:
             self.observer.waived = frozenset({"G1", "R1", "R5"})
         self.database.changed = self.observer.changed
@@ -203,6 +207,8 @@ class World:
         self.failure: BaseException | None = None
         self._failed = asyncio.Event()
         self._buried: list[Node] = []
+        self._alarms = 0
+        self._restoring = False
         self._names = [f"amf-{i}" for i in range(profile.pods)]
         self.stops = self._chosen(profile.stops, 0.0, 0.0, 1e-3, 3e-3)
 
@@ -262,6 +268,8 @@ class World:
             self.start_demux(f"demux-{i}")
         self.node.start(self._guard(self._watch_leases()))
         storm = self.node.start(self._guard(self._storm()))
+        if self.profile.restores:
+            self.node.start(self._guard(self._lose_time()))
         await self._until_failed(STORM_SECONDS)
         storm.cancel()
         self._calm_down()
@@ -269,6 +277,11 @@ class World:
         await self._until_failed(HEALING_SECONDS + self.profile.usage_lag + max(longer, 0.0))
         await self._until_demuxes_agree()
         self._judge()
+
+    @property
+    def alarms(self) -> int:
+        """How often a pod found that its lease was not kept."""
+        return self._alarms + sum(pod.drsm.alarms for pod in self.pods)
 
     async def end(self) -> None:
         """Let everything go, quietly."""
@@ -305,6 +318,22 @@ class World:
             if life is not None and life.incarnation == incarnation:
                 return life.leases.liveness_until - pod.machine.now()
         return 0.0
+
+    def _may_issue(self, owner: tuple[str, int]) -> bool:
+        return any(
+            (life := pod.drsm._session.life) is not None
+            and (pod.machine.name, life.incarnation) == owner
+            and not pod.machine.node.dead
+            and pod.machine.now() < life.leases.allocation_until
+            for pod in self.pods
+        )
+
+    def _holds(self, owner: tuple[str, int], n: int) -> bool:
+        for pod in self.pods:
+            life, member = pod.drsm._session.life, pod.drsm._session.members.get(POOL)
+            if life is not None and member is not None and (pod.machine.name, life.incarnation) == owner:
+                return any(held == n for held, *_ in member.holdings())
+        return False
 
     async def _watch_leases(self) -> None:
         while True:
@@ -543,6 +572,8 @@ class World:
             self.start_pod(name)
 
     def _bury(self, actor: Any, actors: list[Any]) -> None:
+        if isinstance(actor, PodActor):
+            self._alarms += actor.drsm.alarms
         actor.machine.node.kill()
         connection = actor.bus.connection if isinstance(actor, AgentActor) else actor.transport.connection
         connection.close()
@@ -612,7 +643,34 @@ class World:
             self.node.later(self.chance.choice([0.2, 2.0, 6.0]), self._start_agent_again, actor.machine.name)
 
     def _start_agent_again(self, name: str) -> None:
-        self.start_agent(name)
+        if not self._restoring:
+            self.start_agent(name)
+
+    async def _lose_time(self) -> None:
+        """A backup; some time later all agents are stopped, it is restored and announced, and they start."""
+        await asyncio.sleep(self.chance.uniform(5.0, 15.0))
+        self.observer.note("mongodb", "is backed up")
+        backup = self.database.back_up()
+        await asyncio.sleep(self.chance.uniform(1.0, 15.0))
+        self.observer.note("world", "stops all agents")
+        self._restoring = True
+        names = [f"agent-{i}" for i in range(self.numbers[1])]
+        for actor in list(self.agents):
+            self._bury(actor, self.agents)
+        await asyncio.sleep(self.chance.choice([0.1, 2.0, 9.0]))
+        self.observer.note("mongodb", "is restored")
+        self.database.restore(backup)
+        self.observer.restored()
+        view = View(self.database, self.node)
+        while self._restoring:
+            try:
+                await announce_restored(view, LEADER, round(ALLOCATION * 1000))
+                self._restoring = False
+            except (StoreUnavailable, Misconfigured) as error:
+                self.observer.note("world", f"announces in vain: {error}")
+        self.observer.note("world", "has announced the restore")
+        for name in names:
+            self.start_agent(name)
 
     def _change_settings(self) -> None:
         """Other durations, a larger `W`, and all agents started again with them, one by one. Those that end
