@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 APT := apt-get install -y make git ca-certificates python3-venv libcurl4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench simulate clean system
+.PHONY: help demo test lint bench simulate faults soak clean system
 
 help: ## show this
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -28,6 +28,12 @@ bench: $(INSTALLED) ## how fast it is, beside MongoDB and NATS alone; five minut
 
 simulate: $(INSTALLED) ## many simulated worlds, each with its own misfortunes: make simulate SEEDS=100000
 	$(VENV) -m tests.simulation --seeds $(or $(SEEDS),1000)
+
+faults: $(INSTALLED) ## every fault in turn, on real servers and processes; five minutes
+	FAULTS=all $(VENV) -m pytest tests/fault
+
+soak: $(INSTALLED) ## a random fault every 20 s: make soak MINUTES=15
+	$(VENV) -m tests.fault.soak --minutes $(or $(MINUTES),15)
 
 clean: ## remove the virtual environment and all caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist

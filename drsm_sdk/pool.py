@@ -263,17 +263,13 @@ class Pool:
         held = [(chunk.n, chunk.grant, chunk.marked) for chunk in self._stock]
         return held + [(n, grant, False) for n, grant in self._stock.retired()]
 
-    def follow(self, listed: Sequence[Listed], version: wire.Version) -> None:
+    def follow(self, listed: Sequence[Listed], version: wire.Version, said: wire.Stamp) -> None:
         if self._supply is not None:
-            self._supply.follow(listed, version)
+            self._supply.follow(listed, version, said)
 
     def give_back(self, count: int) -> None:
         if self._supply is not None:
             self._supply.give_back(count)
-
-    def forget_versions(self) -> None:
-        if self._supply is not None:
-            self._supply.forget_versions()
 
     # --- inside ---------------------------------------------------------------------------------
 
@@ -295,7 +291,7 @@ class Pool:
             case wire.PodDown(pod, reason) if _key(pod) == me:
                 self._session.end(life, reason)
             case wire.ChunkClaimed(owner, _, chunks, grants, hold_ms) if _key(owner) == me:
-                supply.claimed(list(zip(chunks, grants, strict=False)), hold_ms, head.version)
+                supply.claimed(list(zip(chunks, grants, strict=False)), hold_ms, head)
             case wire.ChunkClaimed(owner, previous, chunks) if _key(previous) == me:
                 if any(n in self._stock for n in chunks):  # else given back before the database was restored
                     self._session.end(life, f"claimed by {owner.name}")

@@ -62,14 +62,11 @@ class Member(Protocol):
     def holdings(self) -> list[tuple[int, str, bool]]:
         """(number, grant, marked) of every chunk."""
 
-    def follow(self, listed: Sequence[Listed], version: wire.Version) -> None:
+    def follow(self, listed: Sequence[Listed], version: wire.Version, said: wire.Stamp) -> None:
         """The agent says what this pod holds in the pool."""
 
     def give_back(self, count: int) -> None:
         """The agent asks for empty chunks back."""
-
-    def forget_versions(self) -> None:
-        """Another history began: what is told from now on is newer than whatever was told before."""
 
 
 @dataclass(slots=True, eq=False)
@@ -378,30 +375,24 @@ class Session:
                 life.unsettled.set()
                 backoff.reset()
             else:
-                self._follow(answer.body)
+                self._follow(answer.body, answer.stamp)
             await asyncio.sleep(backoff.delay())
             if not life.strikes:
                 backoff.reset()
 
-    def _follow(self, said: wire.SessionChunks) -> None:
+    def _follow(self, said: wire.SessionChunks, stamp: wire.Stamp) -> None:
         for name, member in self.members.items():
             if name in said.version:
                 listed = [(n, grant, hold) for pool, n, grant, hold in said.chunks if pool == name]
-                member.follow(listed, said.version[name])
+                member.follow(listed, said.version[name], stamp)
 
     # --- a database that lost its history -------------------------------------------------------
 
     def _see_history(self, life: Life, history: str) -> None:
         """Another history: the database may have been restored. Say which chunks are in use here."""
         if history != life.history:
-            self._begin_history(life, history)
+            life.history = history
             life.reported.set()
-
-    def _begin_history(self, life: Life, history: str) -> None:
-        """Versions of two histories are not compared: the database's time may have gone back."""
-        life.history = history
-        for member in self.members.values():
-            member.forget_versions()
 
     async def _report(self, life: Life) -> None:
         while True:
@@ -443,8 +434,7 @@ class Session:
         if stamp is None or stamp.history == life.history:
             self.end(life, lost.reason)
             return
-        self._begin_history(life, stamp.history)
-        life.reporting = True
+        life.history, life.reporting = stamp.history, True
         life.leases.revoke()
         life.counts_from = self.clock()
         try:

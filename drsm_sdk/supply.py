@@ -15,6 +15,7 @@ from drsm_sdk import demand
 from drsm_sdk.ambient import Backoff
 from drsm_sdk.changes import Change, Gained, GivenBack, Lost, ScanFailed, Scanned, ranges
 from drsm_sdk.errors import AgentUnavailable, BadRequest, DrsmError, PoolExhausted
+from drsm_sdk.rpc import Answer
 from drsm_sdk.scan import RETRY_FIRST, RETRY_MOST, Scanner, said
 from drsm_sdk.session import Life, Listed, Session
 from drsm_sdk.stock import Chunk, Stock
@@ -63,6 +64,7 @@ class Supply:
         self._scans: dict[tuple[int, str], asyncio.Task[Any]] = {}
         self._acquired: wire.Version = (0, 0)
         self._listed: wire.Version = (0, 0)
+        self._history, self._term = "", 0
         self._asked_back = 0
         self._tasks = [
             session.tasks.start(self._refill(), f"refill-{self.name}"),
@@ -93,10 +95,6 @@ class Supply:
         self._asked_back = count
         self._wake_returns.set()
 
-    def forget_versions(self) -> None:
-        """Another history began, whose versions do not compare with these."""
-        self._acquired = self._listed = (0, 0)
-
     def end(self) -> None:
         """Stop at once."""
         for task in (*self._tasks, *self._scans.values()):
@@ -104,17 +102,17 @@ class Supply:
 
     # --- taking up and dropping -----------------------------------------------------------------
 
-    def claimed(self, chunks: Sequence[tuple[int, str]], hold_ms: int, version: wire.Version) -> None:
+    def claimed(self, chunks: Sequence[tuple[int, str]], hold_ms: int, head: wire.EventHead) -> None:
         """The agent announced that this pod now owns chunks that were another's."""
-        if version < self._listed:
+        if not self._compares(head) or head.version < self._listed:
             return
-        self._acquired = max(self._acquired, version)
+        self._acquired = max(self._acquired, head.version)
         self._take_up([(n, grant, hold_ms) for n, grant in chunks])
 
-    def follow(self, listed: Sequence[Listed], version: wire.Version) -> None:
+    def follow(self, listed: Sequence[Listed], version: wire.Version, said: wire.Stamp) -> None:
         """Make the stock what the agent lists, unless something newer was taken up: take up what is not
         known, drop what is not listed, and from then on drop answers that are older than this list."""
-        if version < self._acquired:
+        if not self._compares(said) or version < self._acquired:
             return
         self._listed = max(self._listed, version)
         held = {(n, grant) for n, grant, _ in listed}
@@ -128,6 +126,16 @@ class Supply:
                 self.stock.retire_again(n, grant)
         self._take_up(listed)
         self._wake_returns.set()
+
+    def _compares(self, said: wire.Stamp | wire.EventHead) -> bool:
+        """Whether a version that comes with `said` can be compared with those known. In a new history the
+        database's time may have gone back: then none is known, and the history before is over."""
+        if said.history != self._history:
+            if said.term < self._term:
+                return False
+            self._acquired = self._listed = (0, 0)
+        self._history, self._term = said.history, max(self._term, said.term)
+        return True
 
     def _take_up(self, chunks: Sequence[Listed]) -> None:
         now = self._clock()
@@ -198,11 +206,12 @@ class Supply:
             async with asyncio.timeout(delay):
                 await self._urgent.wait()
 
-    def _granted(self, answer: wire.Acquired) -> None:
-        if answer.version < self._listed:
+    def _granted(self, answer: Answer[wire.Acquired]) -> None:
+        version = answer.body.version
+        if not self._compares(answer.stamp) or version < self._listed:
             return  # the agent has since said which chunks this pod holds
-        self._acquired = max(self._acquired, answer.version)
-        self._take_up([(n, grant, None) for n, grant in answer.chunks])
+        self._acquired = max(self._acquired, version)
+        self._take_up([(n, grant, None) for n, grant in answer.body.chunks])
 
     def _ask_failed(self, error: DrsmError) -> None:
         if self._session.life is not self.life:
@@ -253,7 +262,7 @@ class Supply:
             return
         answer = await self._ask("release", wire.ChunkList(*self._who(), tuple(pairs)), wire.Released)
         for n, grant in pairs:
-            if n in answer.released:
+            if n in answer.body.released:
                 self.stock.settle(n, grant)
 
     async def _report_scanned(self) -> None:
@@ -262,7 +271,7 @@ class Supply:
             return
         answer = await self._ask("scanned", wire.ChunkList(*self._who(), tuple(pairs)), wire.Cleared)
         for n, grant in pairs:
-            if n in answer.cleared:
+            if n in answer.body.cleared:
                 self.stock.set_mark(n, grant, marked=False)
 
     # --- scanning -------------------------------------------------------------------------------
@@ -337,4 +346,4 @@ class Supply:
                 raise
             await self._session.join(self.life, self.name)  # a restored database may not know it
             raise AgentUnavailable(str(error)) from None
-        return answer.body
+        return answer

@@ -101,7 +101,7 @@ class NatsBus:
             ) from None
         except (NatsError, OSError, ValueError) as error:
             raise Misconfigured(
-                f"cannot connect to NATS at {_shown(url)}: {error or type(error).__name__}; "
+                f"cannot connect to NATS at {_shown(url)}: {str(error) or type(error).__name__}; "
                 f"check DRSM_NATS_URL, credentials and TLS settings"
             ) from error
         if bus.max_payload < PAYLOAD_MIN:
@@ -192,7 +192,7 @@ class NatsBus:
                     await self._client.publish(inbox, b"")
                     await echo
             except (NatsError, TimeoutError) as error:
-                raise BusUnavailable(f"NATS did not confirm: {error or type(error).__name__}") from error
+                raise BusUnavailable(f"NATS did not confirm: {str(error) or type(error).__name__}") from error
         if refused := self._refused:
             self._refused = ""
             raise BusUnavailable(f"{refused}; give the agent's NATS user the permission")

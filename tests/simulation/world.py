@@ -274,7 +274,8 @@ class World:
         storm.cancel()
         self._calm_down()
         longer = max(self.profile.allocations) - ALLOCATION
-        await self._until_failed(HEALING_SECONDS + self.profile.usage_lag + max(longer, 0.0))
+        slower = 1 + 2 * (self.profile.clocks or 0.0)
+        await self._until_failed(HEALING_SECONDS * slower + self.profile.usage_lag + max(longer, 0.0))
         await self._until_demuxes_agree()
         self._judge()
 

@@ -1,0 +1,458 @@
+"""A world to break: three mongods, three nats-servers, two agents as processes, 20 busy pods, two demuxes.
+
+One world serves many faults; `strike` breaks it, waits until it is whole again, and judges. Each agent has
+links of its own to every server, and so have the pods that can be cut off; everybody else goes directly.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import nats
+from pymongo import AsyncMongoClient
+from pymongo.errors import PyMongoError
+
+from drsm_agent.embedded import Mongod, NatsServer, Process, Scratch, start_nats_server, start_replica_set
+from drsm_agent.embedded.server import free_port
+from drsm_sdk import Demux, Drsm, Pod
+from drsm_sdk.wire import messages as m
+from drsm_sdk.wire.subjects import Subjects
+from tests.fault.link import Link
+from tests.fault.load import LoadedPod, Record
+from tests.harness import POOL, Failed, Requester
+
+T, L, A = 1.0, 2.5, 20.0
+"""The smallest leases that the agent takes; `A` longer than any outage here, as no allocation may fail."""
+PODS = 20
+CUTTABLE = 2
+"""Pods that reach NATS by links. Two, as more at once would be spared once (rule R7)."""
+AGENTS = ("agent-a", "agent-b")
+HEALED_SECONDS = 20.0
+"""Bound for everything to be whole again after a fault: a driver's time-out (5 s), an election (2 s), an
+agent's start (3 s), its wait for the lead (2 T), a demux's six seconds until it asks, and a busy machine."""
+RESTART_SECONDS = 0.5
+"""Kubernetes begins with 10 s; a crash loop shows at any pace."""
+STARTS_MAX = 4
+GROWTH, GROWTH_MIB = 1.3, 10.0
+ASK_SECONDS = 1.0
+DATABASE, PREFIX = "sdcore", "drsm"
+
+
+@dataclass
+class Row:
+    """A fault and how it went; times in seconds."""
+
+    fault: str
+    lasted: float = 0.0
+    outage: float = 0.0
+    """The longest time without a fresh chunk."""
+    after_begin: float = 0.0
+    after_end: float = 0.0
+    demuxes_after_end: float = 0.0
+    sessions_lost: int = 0
+    exits: list[int] = field(default_factory=list)
+    leaders: int = 0
+    issued: int = 0
+    rss_mib: list[float] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+class AgentSlot:
+    """An agent's place, as a Deployment keeps it: who ends there is started again."""
+
+    def __init__(self, scratch: Scratch, name: str, mongo: list[Link], nats_links: list[Link]) -> None:
+        self.name, self.mongo, self.nats = name, mongo, nats_links
+        self.http_port = free_port()
+        assert not [key for key in os.environ if key.startswith("DRSM_")], "unset these: agents would obey"
+        hosts = ",".join(link.address for link in mongo)
+        environment = {
+            "DRSM_AGENT_ID": name,
+            "DRSM_MONGO_URL": f"mongodb://{hosts}/?replicaSet=rs0",
+            "DRSM_NATS_URL": ",".join(f"nats://{link.address}" for link in nats_links),
+            "DRSM_MONGO_DATABASE": DATABASE,
+            "DRSM_SUBJECT_PREFIX": PREFIX,
+            "DRSM_POOLS": json.dumps([{"name": POOL, "bits": 22, "slots": 50, "usage_lag_ms": 0}]),
+            "DRSM_LIVENESS_TTL": str(L),
+            "DRSM_ALLOCATION_TTL": str(A),
+            "DRSM_LEADER_TTL": str(T),
+            "DRSM_HTTP_HOST": "127.0.0.1",
+            "DRSM_HTTP_PORT": str(self.http_port),
+        }
+        self.process = Process(scratch, name, [sys.executable, "-m", "drsm_agent", "run"], environment)
+        self.exits: list[int] = []
+        self.kept_down = False
+
+    @property
+    def links(self) -> list[Link]:
+        return [*self.mongo, *self.nats]
+
+    async def supervise(self) -> None:
+        while True:
+            await self.process.start()
+            self.exits.append(await self.process.wait())
+            await asyncio.sleep(RESTART_SECONDS)
+            while self.kept_down:
+                await asyncio.sleep(0.05)
+
+    async def ready(self) -> str:
+        """What keeps it from being ready; empty when it is."""
+        try:
+            async with asyncio.timeout(ASK_SECONDS):
+                reader, writer = await asyncio.open_connection("127.0.0.1", self.http_port)
+                writer.write(b"GET /readyz HTTP/1.0\r\n\r\n")
+                answer = (await reader.read()).decode()
+                writer.close()
+        except (OSError, TimeoutError) as error:
+            return f"{self.name} does not answer: {error!r}"
+        return "" if " 200 " in answer.split("\r\n", 1)[0] else f"{self.name}: {answer[-200:]!r}"
+
+    def rss(self) -> tuple[int, float]:
+        """Its process id and resident MiB."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return self.process.pid, pages * os.sysconf("SC_PAGESIZE") / 2**20
+
+    def log_size(self) -> int:
+        return self.process.log.stat().st_size
+
+
+class Churn:
+    """A bare client that asks for a fresh chunk and gives it back, all the time: the measure of an outage."""
+
+    def __init__(self, asking: Requester, name: str) -> None:
+        self._asking, self._name = asking, name
+        self.successes: list[tuple[float, float]] = []
+        """When it was asked for, and when it was granted."""
+        self.resting = asyncio.Event()
+        self.going = asyncio.Event()
+        self.going.set()
+        self.reopened = -1
+        self.trouble = ""
+        self._incarnation = 0
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._renew())
+            tasks.create_task(self._churn())
+
+    async def _renew(self) -> None:
+        while True:
+            if self._incarnation:
+                with suppress(Exception):
+                    await self._asking.renew(self._name, self._incarnation)
+            await asyncio.sleep(0.5)
+
+    async def _churn(self) -> None:
+        asking, subjects = self._asking, self._asking.subjects
+        while True:
+            if not self.going.is_set():
+                self.resting.set()
+                await self.going.wait()
+                self.resting.clear()
+            sent = time.monotonic()
+            try:
+                if not self._incarnation:
+                    opened = await asking.open(self._name, request_id=uuid4().hex)
+                    self._incarnation = opened.incarnation
+                    self.reopened += 1
+                who = self._name, self._incarnation
+                request = m.Acquire(*who, 1, uuid4().hex)
+                granted = await asking.ask(
+                    subjects.pool(POOL, "acquire"), request, m.Acquired, timeout=ASK_SECONDS
+                )
+                self.successes.append((sent, time.monotonic()))
+                release = m.ChunkList(*who, granted.chunks)
+                await asking.ask(subjects.pool(POOL, "release"), release, m.Released, timeout=ASK_SECONDS)
+            except Failed as failed:
+                self.trouble = str(failed)
+                if failed.failure.error == "session_lost":
+                    self._incarnation = 0
+            except Exception as error:  # whatever a broken connection raises
+                self.trouble = repr(error)
+            await asyncio.sleep(0.1)
+
+
+class World:
+    """Use `async with world() as w:`."""
+
+    def __init__(self, scratch: Scratch, stack: AsyncExitStack) -> None:
+        self.scratch, self._stack = scratch, stack
+        self.record = Record()
+        self.rows: list[Row] = []
+        self.demuxes: list[Demux] = []
+        self.agents: list[AgentSlot] = []
+        self.pod_links: list[Link] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        self.mongo = await start_replica_set(self.scratch, 3)
+        self.nats = await start_cluster(self.scratch)
+        direct = [server.url for server in self.nats]
+        self.client = await self._stack.enter_async_context(
+            AsyncMongoClient[dict[str, Any]](self.mongo.url, timeoutMS=2000, heartbeatFrequencyMS=1000)
+        )
+        for name in AGENTS:
+            mongo = [await self._link(member.address) for member in self.mongo.members]
+            names = {
+                member.address.encode(): link.address.encode()
+                for member, link in zip(self.mongo.members, mongo, strict=True)
+            }
+            for link in mongo:
+                link.names = names
+            self.agents.append(AgentSlot(self.scratch, name, mongo, await self._nats_links()))
+        self._run(*(agent.supervise() for agent in self.agents))
+        await self._eventually(self._agents_ready)
+        self.pod_links = await self._nats_links()
+        for i in range(PODS):
+            urls = [f"nats://{link.address}" for link in self.pod_links] if i < CUTTABLE else direct
+            await self._pod(f"amf-{i}", urls, seed=i)
+        for _ in range(2):
+            demux = Demux.connect(direct, POOL, prefix=PREFIX, timeout=20)
+            self.demuxes.append(await self._stack.enter_async_context(demux))
+        client = await nats.connect(
+            direct,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=0.1,
+            ping_interval=1,
+            connect_timeout=1,
+            error_cb=_ignore,
+            pending_size=-1,
+        )
+        self._stack.push_async_callback(client.close)
+        self.churn = Churn(Requester(client, Subjects(PREFIX)), "churn")
+        self._run(self.churn.run())
+        await self._eventually(self._whole)
+
+    async def _pod(self, name: str, urls: list[str], seed: int) -> None:
+        pod = Pod(name, f"10.0.0.{seed + 1}", "nf")
+        drsm = await self._stack.enter_async_context(Drsm.connect(urls, pod, prefix=PREFIX, timeout=20))
+        pool = await drsm.join(POOL, in_use=self.record.used)
+        self._run(LoadedPod(drsm, pool, self.record, seed).run())
+
+    async def _link(self, server: str) -> Link:
+        link = Link(server)
+        await link.start()
+        self._stack.push_async_callback(link.stop)
+        return link
+
+    async def _nats_links(self) -> list[Link]:
+        return [await self._link(server.address) for server in self.nats]
+
+    def _run(self, *jobs: Any) -> None:
+        self._tasks += [asyncio.create_task(job) for job in jobs]
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for link in [*self.pod_links, *(link for agent in self.agents for link in agent.links)]:
+            link.heal()
+
+    # --- what faults use --------------------------------------------------------------------------
+
+    async def leader(self) -> AgentSlot:
+        """The agent that the leader's record names."""
+        while True:
+            record = await self.client[DATABASE]["drsm_leader"].find_one({"_id": "leader"})
+            for agent in self.agents:
+                if record and str(record["holder"]).startswith(agent.name):
+                    return agent
+            await asyncio.sleep(0.05)
+
+    async def term(self) -> int:
+        record = await self.client[DATABASE]["drsm_leader"].find_one({"_id": "leader"})
+        return int(record["term"]) if record else 0
+
+    async def primary(self) -> Mongod:
+        return await self.mongo.await_primary()
+
+    async def secondary(self) -> Mongod:
+        primary = await self.primary()
+        return next(member for member in self.mongo.members if member is not primary)
+
+    async def table(self) -> dict[int, tuple[str, int]]:
+        """Who owns which chunk, as MongoDB has it."""
+        chunks = self.client[DATABASE][POOL].find({"type": "chunk"})
+        return {
+            int(c["_id"].removeprefix("chunkid-")): (c["podId"], int(c["drsm"]["incarnation"]))
+            async for c in chunks
+        }
+
+    # --- one fault, and the verdict -----------------------------------------------------------------
+
+    async def strike(
+        self,
+        name: str,
+        fault: Callable[["World"], Awaitable[None]],
+        *,
+        may_lose: frozenset[str] = frozenset(),
+    ) -> Row:
+        """Break it, wait until all is whole again, and judge. Raises AssertionError with what was wrong."""
+        await self._eventually(self._whole)
+        record, row = self.record, Row(name)
+        record.may_lose = may_lose
+        issued, lost, term = record.issued, record.lost.total(), await self.term()
+        exits = [len(agent.exits) for agent in self.agents]
+        logs = [agent.log_size() for agent in self.agents]
+        memory = [agent.rss() for agent in self.agents]
+        begin = time.monotonic()
+        await fault(self)
+        end = time.monotonic()
+        row.lasted = end - begin
+        try:
+            row.after_end = await self._granted_since(end) - end
+            self._measure_outage(row, begin)
+            row.demuxes_after_end = await self._eventually(self._demuxes_equal) - end
+        except TimeoutError:
+            row.wrong.append(f"not healed within {HEALED_SECONDS} s: {await self._whole()}")
+        finally:
+            self.churn.going.set()
+        try:
+            await self._eventually(self._whole)
+        except TimeoutError:
+            row.wrong.append(f"not whole again: {await self._whole()}")
+        row.sessions_lost, row.issued = record.lost.total() - lost, record.issued - issued
+        row.leaders = await self.term() - term
+        for agent, before in zip(self.agents, exits, strict=True):
+            new = agent.exits[before:]
+            row.exits += new
+            if 2 in new or len(new) >= STARTS_MAX:
+                row.wrong.append(f"{agent.name} does not stay up: exits {new}")
+        row.wrong += self._memory_grown(memory, row)
+        row.wrong += [f"a task died: {task!r}" for task in self._tasks if task.done()]
+        row.wrong += record.wrong
+        record.wrong.clear()
+        record.may_lose = frozenset()
+        self.rows.append(row)
+        if row.wrong:
+            said = "\n".join(
+                f"--- {agent.name}\n{agent.process.log_since(at)[-6000:]}"
+                for agent, at in zip(self.agents, logs, strict=True)
+            )
+            raise AssertionError(
+                f"{name}: {len(row.wrong)} wrong\n" + "\n".join(row.wrong[:20]) + f"\n{row}\n{said}"
+            )
+        return row
+
+    def _measure_outage(self, row: Row, begin: float) -> None:
+        """Before the demuxes are compared: for that nobody asks for chunks."""
+        granted = [begin, *(at for _, at in self.churn.successes if at >= begin)]
+        gaps = [(late - early, late) for early, late in pairwise(granted)]
+        row.outage, over = max(gaps)
+        row.after_begin = over - begin
+
+    def _memory_grown(self, before: list[tuple[int, float]], row: Row) -> list[str]:
+        grown = []
+        for agent, (pid, mib) in zip(self.agents, before, strict=True):
+            now_pid, now = agent.rss()
+            row.rss_mib.append(round(now, 1))
+            if now_pid == pid and now > mib * GROWTH + GROWTH_MIB:
+                grown.append(f"{agent.name} grew from {mib:.1f} to {now:.1f} MiB")
+        return grown
+
+    async def _granted_since(self, moment: float) -> float:
+        async with asyncio.timeout(HEALED_SECONDS):
+            while True:
+                if self.churn.successes and self.churn.successes[-1][0] >= moment:
+                    return self.churn.successes[-1][1]
+                await asyncio.sleep(0.01)
+
+    async def _demuxes_equal(self) -> str:
+        self.churn.going.clear()
+        await self.churn.resting.wait()
+        try:
+            table = await self.table()
+        except PyMongoError as error:
+            return f"MongoDB: {error}"
+        for demux in self.demuxes:
+            routed = {n: owner.key for n, owner in demux.chunks().items()}
+            if not demux.synced or routed != table:
+                differ = set(routed.items()) ^ set(table.items())
+                return f"a demux is {'' if demux.synced else 'not '}synced, and differs by {len(differ)}"
+        return ""
+
+    async def _agents_ready(self) -> str:
+        return " ".join([await agent.ready() for agent in self.agents]).strip()
+
+    async def _whole(self) -> str:
+        """What is still missing; empty when nothing is."""
+        missing = [await self._agents_ready()]
+        if not self.churn.successes or time.monotonic() - self.churn.successes[-1][1] > 1.0:
+            missing.append(f"no chunk for a second, last trouble: {self.churn.trouble}")
+        missing += [f"demux stale for {demux.staleness:.1f} s" for demux in self.demuxes if not demux.synced]
+        try:
+            states = (await self.client.admin.command("replSetGetStatus"))["members"]
+            missing += [f"member {s['name']} is {s['stateStr']}" for s in states if s["state"] not in {1, 2}]
+        except PyMongoError as error:
+            missing.append(f"MongoDB: {error}")
+        return "; ".join(what for what in missing if what)
+
+    async def _eventually(self, missing: Callable[[], Awaitable[str]]) -> float:
+        """Look until nothing is missing; when that was. Raises TimeoutError."""
+        deadline = time.monotonic() + HEALED_SECONDS
+        while what := await missing():
+            if time.monotonic() > deadline:
+                raise TimeoutError(what)
+            await asyncio.sleep(0.05)
+        return time.monotonic()
+
+    def table_of_faults(self) -> str:
+        """The measured times, for people and for docs."""
+        columns = (
+            "fault",
+            "lasted",
+            "longest time without a fresh chunk",
+            "fresh chunk after its end",
+            "demuxes equal after its end",
+            "changes of leader",
+            "sessions lost",
+            "exits",
+        )
+        lines = [
+            f"{row.fault} | {row.lasted:.1f} s | {row.outage:.1f} s | {row.after_end:.1f} s"
+            f" | {row.demuxes_after_end:.1f} s | {row.leaders} | {row.sessions_lost} | {row.exits}"
+            for row in self.rows
+        ]
+        return "\n".join([" | ".join(columns), " | ".join(["---"] * len(columns)), *lines])
+
+    def report(self, file: Path) -> None:
+        """All rows as JSON."""
+        file.write_text(json.dumps([asdict(row) for row in self.rows], indent=1))
+
+
+async def start_cluster(scratch: Scratch, servers: int = 3) -> list[NatsServer]:
+    """nats-servers that are one cluster and hide each other from clients, or links would be passed by."""
+    ports = [free_port() for _ in range(servers)]
+    routes = ", ".join(f'"nats://127.0.0.1:{port}"' for port in ports)
+    return [
+        await start_nats_server(
+            scratch,
+            config=f'server_name: n{port}\nlame_duck_grace_period: "1s"\nlame_duck_duration: "30s"\n'
+            f"cluster {{ name: c, listen: 127.0.0.1:{port}, no_advertise: true, routes: [{routes}] }}\n",
+        )
+        for port in ports
+    ]
+
+
+async def _ignore(_error: Exception) -> None:
+    pass
+
+
+@asynccontextmanager
+async def world() -> AsyncIterator[World]:
+    """A whole world; nothing is left of it afterwards."""
+    async with Scratch() as scratch, AsyncExitStack() as stack:
+        made = World(scratch, stack)
+        try:
+            await made.start()
+            yield made
+        finally:
+            await made.stop()
