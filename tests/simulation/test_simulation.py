@@ -61,8 +61,9 @@ def searches() -> Iterator[Searches]:
 def first_violation(number: int) -> int | None:
     """The first seed at which it shows that an ablation's safeguard is missing."""
     ablation = ABLATIONS[number]
+    seeds: list[int] = [ablation.hint, *range(ABLATION_SEEDS)]
     with ablation.applied():
-        for seed in [ablation.hint, *range(ABLATION_SEEDS)]:
+        for seed in seeds:
             if isinstance(simulate(seed, ablation.profile).error, AssertionError):
                 return seed
     return None
