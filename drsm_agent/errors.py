@@ -6,7 +6,7 @@ AgentError
  +- BusUnavailable       NATS did not take it: publish again once connected
  +- TooLarge             more than NATS takes in one message
  +- LeadLost             this agent does not lead at this moment: write, publish and answer nothing
- |   +- Unheard          it gave the lead up, as it does not hear itself over NATS
+ |   +- Unheard          it gave the lead up, as it does not hear itself, or no pod, over NATS
  +- Refused              a request was refused; carries what the requester is told
  +- Misconfigured        this agent must not start; the message says what to change
 """
@@ -44,7 +44,7 @@ class LeadLost(AgentError):
 
 
 class Unheard(LeadLost):
-    """NATS has not carried this leader's messages for `T` (rule R7): a standby may be better off."""
+    """NATS does not carry this leader's messages, or no pod's (rule R7): a standby may be better off."""
 
 
 class Misconfigured(AgentError):

@@ -34,7 +34,7 @@ from drsm_agent.mirrors import Mirrors
 from drsm_agent.ports import Bus, Chance, Clock, Store, WallClock
 from drsm_agent.probe import Probe
 from drsm_agent.reaper import Reaper
-from drsm_agent.reign import Grants, Reign
+from drsm_agent.reign import Grants, Hearing, Reign
 from drsm_agent.relay import Relay, position_document
 from drsm_agent.requests import Requests
 from drsm_agent.restorer import Restorer
@@ -43,6 +43,11 @@ from drsm_sdk.wire.definition import Definition
 from drsm_sdk.wire.subjects import Subjects
 
 RETRY_DELAY = 0.2
+UNHEARD_SHARE = 0.75
+"""Of `L`, without a word of any pod: nobody has been expired by then."""
+HEARD_LOOKS_PER_LEASE = 6
+STANDBY_SHARE = 0.5
+"""Of `T`, between two signs of a standby: at least one comes while a leader waits for it."""
 
 log = structlog.get_logger("drsm_agent.leader")
 T = TypeVar("T")
@@ -75,6 +80,7 @@ class Leader:
         self._following = ("", 0)
         self._restored_unread = True
         self._former_liveness = 0.0
+        self._waits_shown = float("-inf")
         self.leading = asyncio.Event()
 
     @property
@@ -121,6 +127,7 @@ class Leader:
                 if await self._try_to_win():
                     return
                 await self._skip_published()
+                await self._show_that_it_waits()
             except StoreUnavailable as error:
                 log.warning("cannot_campaign", error=str(error))
             await asyncio.sleep(self._parts.chance.jitter(self._election.period))
@@ -143,6 +150,13 @@ class Leader:
         self._highest = max(self._highest, mine.term)
         log.info("lead_won", term=mine.term, agent=mine.holder, after=record.holder if record else "")
         return True
+
+    async def _show_that_it_waits(self) -> None:
+        """So that a leader that no pod is heard by knows to whom to hand over."""
+        now = self._parts.clock()
+        if now - self._waits_shown >= self._parts.leases.leader * STANDBY_SHARE and await self._is_heard():
+            self._waits_shown = now
+            await self._parts.store.write([writes.stand_by()])
 
     async def _is_heard(self) -> bool:
         """Whether NATS takes messages of this agent; else it would only lead to give up again (rule R7)."""
@@ -292,12 +306,14 @@ class Leader:
         )
         tasks.create_task(probe.run(), name="probe")
         await probe.answered.wait()
+        hearing = Hearing(parts.clock)
         reign = Reign(
             lead=lead,
             table=state.table,
             relay=relay,
             liveness=self._full_leases(state.table),
             grants=self._grants(state, restored),
+            hearing=hearing,
             leases=parts.leases,
             definitions=parts.definitions,
             clock=parts.clock,
@@ -322,6 +338,43 @@ class Leader:
         tasks.create_task(reaper.run(), name="reaper")
         tasks.create_task(mirrors.run(), name="mirrors")
         tasks.create_task(restorer.run(), name="restorer")
+        tasks.create_task(self._hand_over_unheard(lead, state.table, hearing), name="hand-over")
+
+    async def _hand_over_unheard(self, lead: Lead, table: Table, hearing: Hearing) -> None:
+        """Hearing no pod while sessions live, hand over once, if a standby waits: NATS may be torn, and the
+        pods on its side (rule R7). The record says so, and the next leader does not repeat it until it has
+        heard a pod."""
+        parts, period = self._parts, self._parts.leases.liveness / HEARD_LOOKS_PER_LEASE
+        signs, waited_at, read_at = None, float("-inf"), float("-inf")
+        while True:
+            await asyncio.sleep(period)
+            now = parts.clock()
+            try:
+                if now - read_at >= parts.leases.leader:
+                    record, read_at = await self._leader_document(), now
+                    if signs is not None and record.get("standbys") != signs:
+                        waited_at = now
+                    signs = record.get("standbys", 0)
+                    if record.get("handed_over") and hearing.any.is_set():
+                        await self._note_hand_over(lead, handed_over=False)
+                alone = hearing.silence() >= UNHEARD_SHARE * parts.leases.effective_liveness(
+                    len(table.sessions)
+                )
+                if not (alone and table.alive() and now - waited_at <= 2 * parts.leases.leader):
+                    continue
+                if not (await self._leader_document()).get("handed_over"):
+                    await self._note_hand_over(lead, handed_over=True)
+                    raise Unheard(f"no pod was heard for {hearing.silence():.1f} s, and a standby waits")
+            except StoreUnavailable as error:
+                log.warning("put_off", error=str(error))
+
+    async def _note_hand_over(self, lead: Lead, *, handed_over: bool) -> None:
+        lead.check()
+        if mine := self._election.mine:
+            await self._parts.store.write([writes.note_hand_over(mine, handed_over=handed_over)])
+
+    async def _leader_document(self) -> Document:
+        return _first(await self._parts.store.read(writes.LEADER)) or {}
 
     async def _stamp(self, lead: Lead, relay: Relay) -> None:
         """Stamp the term on all sessions, and wait until the table has passed that and everything up to

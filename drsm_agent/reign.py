@@ -3,6 +3,7 @@
 It begins when the leader has caught up, and ends with the lead, or when the table is read anew.
 """
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,6 +32,23 @@ class Grants:
         self._from = max(self._from, self._clock() + seconds)
 
 
+class Hearing:
+    """When this leader last heard a pod; it gives everyone a lease to be heard in."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock, self._at = clock, clock()
+        self.any = asyncio.Event()
+
+    def heard(self) -> None:
+        """A pod's request came."""
+        self._at = self._clock()
+        self.any.set()
+
+    def silence(self) -> float:
+        """Seconds since the last one."""
+        return self._clock() - self._at
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reign:
     """`liveness` are the leases that this leader judges by."""
@@ -40,6 +58,7 @@ class Reign:
     relay: Relay
     liveness: LivenessLeases
     grants: Grants
+    hearing: Hearing
     leases: Leases
     definitions: Mapping[str, Definition]
     clock: Clock

@@ -57,7 +57,7 @@ class Requests:
         self._table, self._relay, self._lead = reign.table, reign.relay, reign.lead
         self._leases, self._liveness, self._definitions = reign.leases, reign.liveness, reign.definitions
         self._clock, self._chance, self._metrics = reign.clock, reign.chance, reign.metrics
-        self._grants, self._restorer = reign.grants, restorer
+        self._grants, self._restorer, self._hearing = reign.grants, restorer, reign.hearing
         self._ahead: set[Key] = set()
         self._usage_lag = max(pool.usage_lag_ms for pool in reign.definitions.values()) / 1000
         self._use: dict[Key, dict[str, m.Use]] = {}
@@ -443,6 +443,7 @@ class Requests:
     def _extend(self, key: Key) -> int:
         """Start the liveness lease anew, before the answer that promises it leaves (rule R2); returns what
         the answer may promise, in milliseconds."""
+        self._hearing.heard()
         lease = self._leases.effective_liveness(len(self._liveness))
         if not self._liveness.extend(key, self._clock() + lease):
             raise _lost(self._liveness.ending(key) or "expired")

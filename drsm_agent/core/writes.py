@@ -287,6 +287,18 @@ def give_up_lead(record: LeaderRecord) -> Update:
     return Update(LEADER, guard, set=asdict(replace(record, holder="")))
 
 
+def stand_by() -> Update:
+    """A standby shows that it waits, and that NATS carries its messages. Not among what is compared of the
+    record, so no other standby takes it for a renewal."""
+    return Update(LEADER, {"_id": "leader"}, inc={"standbys": 1})
+
+
+def note_hand_over(record: LeaderRecord, *, handed_over: bool) -> Update:
+    """A leader hands over as it hears no pod: the next one shall not do it again, until it has heard one."""
+    guard = {"_id": "leader", "holder": record.holder, "term": record.term}
+    return Update(LEADER, guard, set={"handed_over": handed_over})
+
+
 def first_position() -> Insert:
     """What the guard of `save_position` needs to match, from the start."""
     return Insert(POSITION, {"_id": "position", "term": 0})

@@ -11,7 +11,17 @@ from drsm_agent.restored import announce_restored
 from drsm_agent.store.mongo import MongoStore
 from drsm_sdk import Demux, Drsm, Pod, changes
 from drsm_sdk.wire import messages as m
-from tests.harness import POOL, Domain, Failed, eventually, mongo_client, renewing, requester, within
+from tests.harness import (
+    POOL,
+    Domain,
+    Failed,
+    Requester,
+    eventually,
+    mongo_client,
+    renewing,
+    requester,
+    within,
+)
 
 LEASES: dict[str, Any] = {
     "allocation_ttl": 6.0,
@@ -165,12 +175,22 @@ async def test_a_chunk_that_two_living_pods_report_is_held_and_scanned_before_an
                 await asking.ask(asking.subjects.session("report"), report, m.Reported)
             assert await owner_of(domain, n) == ("amf-cut", cut.incarnation, True)
             assert (await asking.renew("amf-claimer", claimer.incarnation)).allocation_ms == 0
-            listed = await asking.ask(
-                asking.subjects.session("chunks"), m.SessionRef("amf-cut", cut.incarnation), m.SessionChunks
-            )
+            listed = await listed_once_settled(asking, m.SessionRef("amf-cut", cut.incarnation))
             ((_, listed_n, new, hold_ms),) = listed.chunks
             assert (listed_n, hold_ms) == (n, 6000)
             assert new not in {grant, later}
+
+
+async def listed_once_settled(asking: Requester, who: m.SessionRef) -> m.SessionChunks:
+    """What a session is told to hold; nothing before all had the time to report."""
+    async with asyncio.timeout(LONG):
+        while True:
+            try:
+                return await asking.ask(asking.subjects.session("chunks"), who, m.SessionChunks)
+            except Failed as refused:
+                if refused.failure.reason != "restoring":
+                    raise
+                await asyncio.sleep(0.1)
 
 
 async def owner_of(domain: Domain, n: int) -> tuple[str, int, bool]:

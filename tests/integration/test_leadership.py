@@ -1,6 +1,7 @@
 """Who leads, what a leader does not judge, and what a take-over leaves as it was."""
 
 import asyncio
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,7 +11,7 @@ from nats.errors import TimeoutError as NatsTimeout
 from structlog.testing import capture_logs
 
 from drsm_agent import reaper, relay
-from drsm_agent.embedded import Stack
+from drsm_agent.embedded import Scratch, Stack, start_nats_server
 from drsm_agent.service import running
 from drsm_sdk import Demux, Drsm, Pod
 from drsm_sdk.wire import messages as m
@@ -275,3 +276,52 @@ def go_chunk(n: int, owner: str) -> dict[str, Any]:
     key = f"chunkid-{n}"
     fields = {"podId": owner, "podIp": "10.0.0.9", "podInstance": "nf-go"}
     return {"_id": key, "type": "chunk", "chunkId": key} | fields
+
+
+TORN = {"leader_ttl": 1.0, "liveness_ttl": 3.0}
+
+
+async def test_a_leader_that_no_pod_reaches_hands_over_to_a_standby(domain: Domain) -> None:
+    """R7: it hears itself on its side of a torn NATS, but the pods are on the other one. It hands over before
+    it judges anybody."""
+    async with AsyncExitStack() as servers, requester(domain.nats_url, domain.prefix) as asking:
+        lonely_url = await another_nats(servers)
+        async with domain.agent(**TORN):
+            opened = await asking.open("amf-1")
+            await asking.renew("amf-1", opened.incarnation)
+        async with running(domain.settings(nats_url=lonely_url, **TORN)) as lonely:
+            await within(lonely.leader.leading.wait())
+            async with running(domain.settings(**TORN)) as near:
+                await within(near.leader.leading.wait())
+                assert (await asking.renew("amf-1", opened.incarnation)).liveness_ms > 0
+                assert not lonely.leader.leading.is_set()
+                await eventually_in_mongodb(domain, {"handed_over": False})
+
+
+async def test_a_hand_over_is_not_repeated_before_a_pod_was_heard(domain: Domain) -> None:
+    """Both agents are on the wrong side, or the pods are dead: the second one judges."""
+    async with AsyncExitStack() as servers, requester(domain.nats_url, domain.prefix) as asking:
+        lonely_url = await another_nats(servers)
+        async with domain.agent(**TORN):
+            opened = await asking.open("amf-1")
+            await asking.renew("amf-1", opened.incarnation)
+        configured = domain.settings(nats_url=lonely_url, **TORN)
+        async with running(configured), running(configured), mongo_client(domain) as client:
+            sessions = client[domain.database]["drsm_sessions"]
+            async with asyncio.timeout(30):
+                while (await sessions.find_one() or {}).get("state") != "dead":
+                    await asyncio.sleep(0.05)
+            record = await client[domain.database]["drsm_leader"].find_one() or {}
+            assert (record["term"], record["handed_over"]) == (3, True)
+
+
+async def another_nats(servers: AsyncExitStack) -> str:
+    """A NATS server that knows nothing of the others."""
+    scratch = await servers.enter_async_context(Scratch())
+    return (await start_nats_server(scratch)).url
+
+
+async def eventually_in_mongodb(domain: Domain, fields: dict[str, Any]) -> None:
+    async with mongo_client(domain) as client, asyncio.timeout(20):
+        while await client[domain.database]["drsm_leader"].find_one(fields) is None:
+            await asyncio.sleep(0.05)
