@@ -285,7 +285,7 @@ async def test_answers_of_a_lower_term_than_seen_are_dropped(agent: FakeAgent, c
 
 
 async def test_a_verdict_ends_issuing_tells_the_ids_and_leads_to_a_new_session(
-    agent: FakeAgent, connect: Connect
+    agent: FakeAgent, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with connect() as drsm:
         pool = await drsm.join(POOL)
@@ -296,6 +296,8 @@ async def test_a_verdict_ends_issuing_tells_the_ids_and_leads_to_a_new_session(
         agent.ended[first] = "expired"
         told = await next_of(reader, changes.SessionLost)
         assert (told.reason, told.issued) == ("expired", changes.ranges(ids))
+        assert drsm.alarms == 1  # with a lease that still ran: clocks cannot differ by so much
+        assert "clocks differ" in caplog.text
         assert not pool.valid(ids[0])
         with pytest.raises(NotOwner):
             pool.release(ids[0])
