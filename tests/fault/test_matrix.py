@@ -13,15 +13,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:unclosed <StreamWriter:ResourceW
 
 OFTEN = (
     "MongoDB primary killed",
-    "MongoDB majority paused",
-    "NATS all killed",
     "NATS all paused (half-open)",
-    "leader killed",
     "leader paused and back",
     "rolling update",
     "leader cut from both",
-    "leader does not hear NATS",
-    "two pods cut from NATS",
 )
 """One of each sort, in every run of the tests; `make faults` strikes with all of them."""
 

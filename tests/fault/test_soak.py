@@ -8,10 +8,10 @@ from tests.fault.world import World
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <StreamWriter:ResourceWarning")
 """nats-py forgets the connection on which a paused server did not greet it; the collector closes it."""
 
-SECONDS = 30.0
+SECONDS = 20.0
 
 
 @pytest.mark.timeout(180)
-async def test_half_a_minute_of_random_faults_is_not_felt(broken: World) -> None:
+async def test_random_faults_is_not_felt(broken: World) -> None:
     """Always the same ones; another seed is for the long soak."""
     assert await soak(broken, seconds=SECONDS, every=0.0, seed=5) == []

@@ -188,37 +188,41 @@ def _any_history(self: Mirror, head: Any, body: Any) -> Any:
 
 ABLATIONS: tuple[Ablation, ...] = (
     Ablation(
-        "a hold forgets what was promised", "4", SHRINKING, ((reaper, "hold_ms", _as_promised_today),), hint=9
+        "a hold forgets what was promised",
+        "4",
+        SHRINKING,
+        ((reaper, "hold_ms", _as_promised_today),),
+        hint=14,
     ),
     Ablation(
         "leases go on at once after a restore",
         "G1",
         RETURNING,
         ((Restorer, "may_issue", lambda *_, **__: True),),
-        hint=31,
+        hint=288,
     ),
     Ablation(
-        "grants go on at once after a restore", "G1", RESTORES, ((Grants, "left", lambda _: 0.0),), hint=17
+        "grants go on at once after a restore", "G1", RESTORES, ((Grants, "left", lambda _: 0.0),), hint=48
     ),
     Ablation(
-        "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=89
+        "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=145
     ),
     Ablation(
         "a mark is forgotten when its owner closes",
         "4",
         INHERITANCE,
         ((reaper, "hold_ms", _unmarked_when_closed),),
-        hint=30,
+        hint=94,
     ),
     Ablation(
         "a release during the hold counts",
         "5",
         INHERITANCE,
         ((Stock, "_release_closed", _release_counts_at_once),),
-        hint=165,
+        hint=2,
     ),
     Ablation(
-        "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=15
+        "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=55
     ),
     Ablation(
         "the holder's durations are not shortened",
@@ -232,34 +236,39 @@ ABLATIONS: tuple[Ablation, ...] = (
         "R4",
         STOPS,
         ((Pool, "allocate_nowait", _without_second_check),),
+        hint=2,
     ),
     Ablation("a demux does not look for gaps", "G5", LOSSES, ((Mirror, "apply", _without_gap_check),)),
     Ablation("a leader speaks without a lead", "R2", LEADERS, ((Lead, "check", _no_check),)),
     Ablation(
-        "no grace after a change of leader", "R6", LEADERS, ((Leader, "_full_leases", _no_grace),), hint=1
+        "no grace after a change of leader", "R6", LEADERS, ((Leader, "_full_leases", _no_grace),), hint=0
     ),
     Ablation(
         "a death is written whatever the term",
         "R5",
         LATE_DEATHS,
         ((writes, "end_session", _death_without_term),),
-        hint=44,
+        hint=13,
     ),
-    Ablation("no stamp before answering", "R5", LEADERS, ((Leader, "_stamp", _no_stamp),), hint=26),
+    Ablation("no stamp before answering", "R5", LEADERS, ((Leader, "_stamp", _no_stamp),), hint=211),
     Ablation(
-        "answers before the table has passed the stamp", "R6", LAGGING, ((Leader, "_stamp", _no_barrier),)
+        "answers before the table has passed the stamp",
+        "R6",
+        LAGGING,
+        ((Leader, "_stamp", _no_barrier),),
+        hint=41,
     ),
     Ablation(
         "a renewal counts after death was decided",
         "R2",
         LATE_WRITES,
         ((LivenessLeases, "extend", _renewed_all_the_same), (Requests, "_session", _whatever_was_decided)),
-        hint=94,
+        hint=24,
     ),
-    Ablation("no hold", "4", PARTITIONS, ((reaper, "hold_ms", lambda *_: 0),), hint=34),
-    Ablation("events are not confirmed", "G4", RECONNECTS, ((Relay, "_delivered", _unconfirmed),), hint=1),
+    Ablation("no hold", "4", PARTITIONS, ((reaper, "hold_ms", lambda *_: 0),), hint=9),
+    Ablation("events are not confirmed", "G4", RECONNECTS, ((Relay, "_delivered", _unconfirmed),), hint=15),
     Ablation(
-        "a hold without W", "section 4", SLOW_TO_SHOW, ((reaper, "hold_ms", _without_usage_lag),), hint=20
+        "a hold without W", "section 4", SLOW_TO_SHOW, ((reaper, "hold_ms", _without_usage_lag),), hint=12
     ),
     Ablation(
         "claims do not look at the owner", "G2", LATE_CLAIMS, ((writes, "_chunk_guard", _only_the_number),)
