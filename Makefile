@@ -15,7 +15,8 @@ demo: $(INSTALLED) ## the story, on a real MongoDB and a real nats-server
 	$(VENV) .venv/bin/drsm-agent demo
 
 test: lint ## lint, then all tests, on real servers
-	$(VENV) -m pytest
+	$(VENV) -m pytest --ignore tests/fault
+	$(VENV) -m pytest tests/fault
 
 lint: $(INSTALLED) ## style, types and import contracts
 	$(VENV) -m ruff check .

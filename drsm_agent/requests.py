@@ -111,6 +111,8 @@ class Requests:
         return m.Joined(self._defined(request.pools))
 
     async def renew(self, request: m.Renew) -> m.Renewed:
+        if self._is_ahead(request.incarnation):
+            self._note_ahead(request.pod, request.incarnation)
         session = await self._living(request.pod, request.incarnation)
         await self._promise(session)
         liveness_ms = self._extend(session.key)
@@ -377,7 +379,7 @@ class Requests:
     def _session(self, pod: str, incarnation: int) -> Session:
         session = self._table.sessions.get((pod, incarnation))
         if session is None:
-            self._check_term(pod, incarnation)
+            self._check_term(incarnation)
             raise _lost("unknown")
         if session.state == DEAD:
             raise _lost(session.reason)
@@ -385,21 +387,27 @@ class Requests:
             raise _lost(reason)
         return session
 
-    def _check_term(self, pod: str, incarnation: int) -> None:
-        """A session of a term that is still to come: the database went back, and nobody announced it.
+    def _check_term(self, incarnation: int) -> None:
+        """No verdict on a session of a term that is still to come: the database went back."""
+        if self._is_ahead(incarnation):
+            message = "this session is newer than the database: was it restored? Run `drsm-agent restored`"
+            raise Refused("store_unavailable", message, reason="went_back", retry=True)
 
-        Nothing is granted or claimed then, until such pods have certainly stopped. A living pod says it
-        again with its next renewal; what is said only once is garbage. (Whoever may send requests may pretend
-        this; NATS permissions say who may.)"""
-        term = incarnation >> 32
-        if not self._lead.term < term <= self._lead.term + TERMS_AHEAD:
-            return
+    def _is_ahead(self, incarnation: int) -> bool:
+        return self._lead.term < incarnation >> 32 <= self._lead.term + TERMS_AHEAD
+
+    def _note_ahead(self, pod: str, incarnation: int) -> None:
+        """Pods that renew sessions of a term that is still to come show a restore that nobody announced.
+
+        Nothing is granted or claimed then, until such pods have certainly stopped. A living pod renews again
+        and again; what is said only once is garbage. (Whoever may send requests may pretend this; NATS
+        permissions say who may.)"""
         if (pod, incarnation) in self._ahead:
             if self._grants.left() <= 0:
                 log.critical(
                     "database_went_back",
                     pod=pod,
-                    its_term=term,
+                    its_term=incarnation >> 32,
                     term=self._lead.term,
                     action="nothing is granted or claimed; if the database was restored from a backup, stop "
                     "all agents, run `drsm-agent restored`, and start them again",
@@ -407,8 +415,6 @@ class Requests:
             self._grants.put_off(self._restorer.longest_ms / 1000 + self._usage_lag)
         elif len(self._ahead) < AHEAD_MAX:
             self._ahead.add((pod, incarnation))
-        message = "this session is newer than the database: was it restored? Run `drsm-agent restored`"
-        raise Refused("store_unavailable", message, reason="went_back", retry=True)
 
     async def _member(self, pool: PoolTable, pod: str, incarnation: int) -> Session:
         session = await self._living(pod, incarnation)

@@ -7,7 +7,7 @@ import pytest
 from tests.fault.faults import FAULTS
 from tests.fault.world import World
 
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed <StreamWriter:ResourceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 """nats-py forgets the connection on which a paused server did not greet it; the collector closes it."""
 
 

@@ -19,7 +19,7 @@ from tests.fault.link import Link
 from tests.fault.world import DATABASE, PREFIX, World
 from tests.harness import POOL, Requester, requester
 
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed <StreamWriter:ResourceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 """nats-py forgets the connection on which a paused server did not greet it; the collector closes it."""
 
 Key = tuple[str, int] | None

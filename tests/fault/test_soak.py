@@ -5,7 +5,7 @@ import pytest
 from tests.fault.soak import soak
 from tests.fault.world import World
 
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed <StreamWriter:ResourceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 """nats-py forgets the connection on which a paused server did not greet it; the collector closes it."""
 
 SECONDS = 20.0
