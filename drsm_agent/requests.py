@@ -35,6 +35,9 @@ ALLOCATION_ROUNDS_MAX = 8
 """Times that other allocators may pick the same numbers first before a requester is told to try again."""
 AHEAD_MAX = 10_000
 """Incarnations of terms to come that are remembered: as many as there may be pods."""
+AHEAD_SECONDS = 0.25
+"""Renewals of one of them that are further apart than this are a living pod's; closer ones may be garbage
+that came twice. Pods whose renewal failed try again much later than this."""
 CHUNKS_PER_FLIGHT_MAX = 10_000
 """Inserts of one bulk: 0.2 s on a small replica set. When more are asked for at once, all get fewer."""
 
@@ -58,7 +61,8 @@ class Requests:
         self._leases, self._liveness, self._definitions = reign.leases, reign.liveness, reign.definitions
         self._clock, self._chance, self._metrics = reign.clock, reign.chance, reign.metrics
         self._grants, self._restorer, self._hearing = reign.grants, restorer, reign.hearing
-        self._ahead: set[Key] = set()
+        self._ahead: dict[Key, float] = {}
+        """When each incarnation of a term to come was first heard of."""
         self._usage_lag = max(pool.usage_lag_ms for pool in reign.definitions.values()) / 1000
         self._use: dict[Key, dict[str, m.Use]] = {}
         self._free = {
@@ -179,10 +183,10 @@ class Requests:
 
     async def release(self, pool: PoolTable, request: m.ChunkList) -> m.Released:
         session = await self._member(pool, request.pod, request.incarnation)
+        self._restorer.check_reported(session)
         owned = self._owned(pool, session.key, request.chunks)
         if owned := [chunk for chunk in owned if not chunk.marked]:
             await self._releases[pool.name].board((session.key, request.chunks), owned)
-        self._restorer.forget(session.key, pool.name, request.chunks)
         still = {chunk.n for chunk in self._owned(pool, session.key, request.chunks)}
         return m.Released(tuple(n for n, _ in request.chunks if n not in still))
 
@@ -400,9 +404,11 @@ class Requests:
         """Pods that renew sessions of a term that is still to come show a restore that nobody announced.
 
         Nothing is granted or claimed then, until such pods have certainly stopped. A living pod renews again
-        and again; what is said only once is garbage. (Whoever may send requests may pretend this; NATS
-        permissions say who may.)"""
-        if (pod, incarnation) in self._ahead:
+        and again; what is said only once, or all at once, is garbage. (Whoever may send requests may pretend
+        this; NATS permissions say who may.)"""
+        now = self._clock()
+        first = self._ahead.get((pod, incarnation))
+        if first is not None and now - first > AHEAD_SECONDS:
             if self._grants.left() <= 0:
                 log.critical(
                     "database_went_back",
@@ -413,8 +419,8 @@ class Requests:
                     "all agents, run `drsm-agent restored`, and start them again",
                 )
             self._grants.put_off(self._restorer.longest_ms / 1000 + self._usage_lag)
-        elif len(self._ahead) < AHEAD_MAX:
-            self._ahead.add((pod, incarnation))
+        elif first is None and len(self._ahead) < AHEAD_MAX:
+            self._ahead[(pod, incarnation)] = now
 
     async def _member(self, pool: PoolTable, pod: str, incarnation: int) -> Session:
         session = await self._living(pod, incarnation)

@@ -8,7 +8,7 @@ gives it may issue once more.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import structlog
 
@@ -71,8 +71,9 @@ class Restorer:
         return self._open and not known and bool(report.pools) and self._was_lost(report.incarnation)
 
     def check_reported(self, session: Session) -> None:
-        """Raise Refused while it is not settled what a session holds: it would drop what is not put back
-        yet, and take up what it did not report and others may."""
+        """Raise Refused while it is not settled what a session holds. Told that, it would drop what is
+        not put back yet, and take up what others may report; repeating that it gives a chunk back, which it
+        did before the restore, it would free what others have issued from since."""
         if self.takes(session):
             raise Refused(
                 "store_unavailable",
@@ -101,13 +102,6 @@ class Restorer:
             message = "it is not known yet whether others hold some of these chunks"
             raise Refused("store_unavailable", message, reason="restoring", retry=True) from None
         return sum((key, n) in self._accepted[pool] for pool, n in numbers)
-
-    def forget(self, key: Key, pool: str, chunks: Iterable[tuple[int, str]]) -> None:
-        """A session has given these back: what it reported of them does not hold any more."""
-        reported = self._reports[pool].get(key, {})
-        for n, grant in chunks:
-            if n in reported and reported[n].grant == grant:
-                del reported[n]
 
     def note(self, entry: Entry) -> None:
         """Something changed: perhaps who could have reported is dead."""

@@ -259,9 +259,9 @@ class Pool:
         return wire.Use(level.issued, level.free, int(level.oldest * 1000), level.closed)
 
     def holdings(self) -> list[tuple[int, str, bool]]:
-        """(number, grant, marked) of every chunk, also of those that the agent has not yet taken back."""
-        held = [(chunk.n, chunk.grant, chunk.marked) for chunk in self._stock]
-        return held + [(n, grant, False) for n, grant in self._stock.retired()]
+        """(number, grant, marked) of every chunk. Not of one on its way back: the agent may have had it, and
+        granted it to another, before a restore made it forget both."""
+        return [(chunk.n, chunk.grant, chunk.marked) for chunk in self._stock]
 
     def follow(self, listed: Sequence[Listed], version: wire.Version, said: wire.Stamp) -> None:
         if self._supply is not None:

@@ -1,7 +1,9 @@
 """An announced restore of the database from a backup, on real servers."""
 
 import asyncio
+from collections.abc import Awaitable
 from contextlib import AsyncExitStack
+from itertools import count
 from typing import Any
 
 import pytest
@@ -236,6 +238,30 @@ async def test_a_chunk_that_was_given_back_since_the_backup_is_scanned_before_it
         assert not more & ids
 
 
+async def test_a_chunk_whose_return_was_not_answered_before_the_restore_is_not_simply_free_after_it(
+    domain: Domain,
+) -> None:
+    """The pod repeats that it gives the chunk back, but somebody may have had it meanwhile."""
+    async with requester(domain.nats_url, domain.prefix) as asking:
+        async with domain.agent(**LEASES):
+            opened = await asking.open("amf-1")
+            who = "amf-1", opened.incarnation
+            granted = (await asking.acquire(*who)).chunks
+            backup = await back_up(domain)
+            give_back = m.ChunkList(*who, granted)
+            await asking.ask(asking.subjects.pool(POOL, "release"), give_back, m.Released)
+        await restore(domain, backup)
+        await announce(domain)
+        async with domain.agent(**LEASES), renewing(asking, who):
+            await asking.ask(asking.subjects.session("report"), m.Report(*who, (), total=0), m.Reported)
+            releasing = asking.ask(asking.subjects.pool(POOL, "release"), give_back, m.Released)
+            assert await reason_of_refusal(releasing) == "restoring"
+            listed = await listed_once_settled(asking, m.SessionRef(*who))
+            ((_, n, grant, hold_ms),) = listed.chunks
+            assert (n, hold_ms) == (granted[0][0], 6000)
+            assert grant != granted[0][1]
+
+
 async def until_scanned(pool: Any, n: int) -> None:
     async with asyncio.timeout(LONG):
         async for change in pool.changes():
@@ -254,18 +280,37 @@ async def test_a_pod_that_is_newer_than_the_database_stops_all_granting(domain: 
         await asking.acquire("amf-1", opened.incarnation)
         assert agent.leader.leading.is_set()
         future = opened.incarnation + (3 << 32)
-        for request_id in ("b", ""):  # said once it may be garbage, and changes nothing
-            with pytest.raises(Failed) as refused:
-                await asking.renew("amf-2", future)
-            assert (refused.value.failure.error, refused.value.failure.reason) == (
-                "store_unavailable",
-                "went_back",
-            )
-            if request_id:
-                await asking.acquire("amf-1", opened.incarnation, request_id=request_id)
-        with pytest.raises(Failed) as refused:
-            await asking.acquire("amf-1", opened.incarnation, request_id="c")
-        assert refused.value.failure.reason == "data_lost"
+        async with asyncio.timeout(LONG):
+            for said in count():  # a living pod tries again and again
+                with pytest.raises(Failed) as refused:
+                    await asking.renew("amf-2", future)
+                failure = refused.value.failure
+                assert (failure.error, failure.reason) == ("store_unavailable", "went_back")
+                acquiring = asking.acquire("amf-1", opened.incarnation, request_id=f"later-{said}")
+                if reason := await reason_of_refusal(acquiring):
+                    break
+        assert reason == "data_lost"
+
+
+async def reason_of_refusal(asked: Awaitable[object]) -> str:
+    """Empty when it was granted."""
+    try:
+        await asked
+    except Failed as refused:
+        return refused.failure.reason
+    return ""
+
+
+async def test_garbage_that_looks_newer_than_the_database_changes_nothing(domain: Domain) -> None:
+    """Said once, or many times at once."""
+    async with requester(domain.nats_url, domain.prefix) as asking, domain.agent(**LEASES):
+        opened = await asking.open("amf-1")
+        future = opened.incarnation + (3 << 32)
+        said = await asyncio.gather(
+            *(asking.renew("amf-2", future) for _ in range(5)), return_exceptions=True
+        )
+        assert {type(answer) for answer in said} == {Failed}
+        await asking.acquire("amf-1", opened.incarnation)
 
 
 async def test_a_term_that_no_backup_could_have_missed_is_no_sign_of_a_restore(domain: Domain) -> None:
