@@ -313,6 +313,7 @@ class Leader:
             relay=relay,
             liveness=self._full_leases(state.table),
             grants=self._grants(state, restored),
+            use={},
             hearing=hearing,
             leases=parts.leases,
             definitions=parts.definitions,
@@ -402,6 +403,7 @@ class Leader:
             subjects=self._parts.subjects,
             metrics=self._parts.metrics,
             wall_clock=self._parts.wall_clock,
+            definitions=self._parts.definitions,
             history=history,
         )
         if continues:

@@ -45,6 +45,12 @@ class Metrics:
         self.chunks = Gauge("drsm_chunks", "Owned chunks", ["pool"], registry=r)
         self.orphans = Gauge("drsm_orphans", "Chunks whose owner is dead", ["pool"], registry=r)
         self.marked = Gauge("drsm_marked", "Claimed chunks that are not scanned yet", ["pool"], registry=r)
+        self.marked_overdue = Gauge(
+            "drsm_marked_overdue", "Of these, marked longer than hold and scan take", ["pool"], registry=r
+        )
+        self.only_allocating = Gauge(
+            "drsm_pods_only_allocating", "Pods that never released an id", ["pool"], registry=r
+        )
         self.stream_staleness = Gauge(
             "drsm_stream_staleness_seconds", "Since the change stream last said something", registry=r
         )

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import structlog
 
+from drsm_agent.alarms import Alarms
 from drsm_agent.core import writes
 from drsm_agent.core.documents import DEAD, GO_INCARNATION, LIVE, Chunk, Owner, Session
 from drsm_agent.core.lease import renew_period
@@ -50,6 +51,7 @@ class Reaper:
         self._table, self._relay, self._lead = reign.table, reign.relay, reign.lead
         self._leases, self._liveness, self._definitions = reign.leases, reign.liveness, reign.definitions
         self._clock, self._chance, self._metrics = reign.clock, reign.chance, reign.metrics
+        self._alarms = Alarms(reign)
         self._grants, self._probe, self._staleness = reign.grants, probe, staleness
         self._news = asyncio.Event()
         self._dead_since: dict[Key, float] = {}
@@ -248,6 +250,7 @@ class Reaper:
         return (session.promised_ms + max(lags, default=0)) / 1000
 
     def _measure(self) -> None:
+        self._alarms.look()
         self._metrics.sessions.set(sum(s.state == LIVE for s in self._table.sessions.values()))
         for pool in self._table.pools.values():
             self._metrics.chunks.labels(pool=pool.name).set(len(pool.chunks))

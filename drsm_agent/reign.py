@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from drsm_agent.core.lease import Leases
-from drsm_agent.core.session import LivenessLeases
+from drsm_agent.core.session import Key, LivenessLeases
 from drsm_agent.core.table import Table
 from drsm_agent.lead import Lead
 from drsm_agent.metrics import Metrics
 from drsm_agent.ports import Chance, Clock, WallClock
 from drsm_agent.relay import Relay
 from drsm_sdk.wire.definition import Definition
+from drsm_sdk.wire.messages import Use
 
 
 class Grants:
@@ -51,13 +52,15 @@ class Hearing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reign:
-    """`liveness` are the leases that this leader judges by."""
+    """`liveness` are the leases that this leader judges by; `use` is what each pod said last of its
+    stocks."""
 
     lead: Lead
     table: Table
     relay: Relay
     liveness: LivenessLeases
     grants: Grants
+    use: dict[Key, dict[str, Use]]
     hearing: Hearing
     leases: Leases
     definitions: Mapping[str, Definition]

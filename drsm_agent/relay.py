@@ -8,7 +8,7 @@ consumers drop what they hold already.
 import asyncio
 import contextlib
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,8 @@ from drsm_agent.lead import Lead
 from drsm_agent.metrics import Metrics
 from drsm_agent.ports import Bus, Store, WallClock
 from drsm_sdk.wire import codec, messages
-from drsm_sdk.wire.messages import EventBody, EventHead, OwnerRef
+from drsm_sdk.wire.definition import Definition
+from drsm_sdk.wire.messages import EventBody, EventHead, OwnerRef, Prefixes
 from drsm_sdk.wire.subjects import Subjects
 
 SYNC_INTERVAL = 2.0
@@ -59,10 +60,14 @@ class Relay:
         subjects: Subjects,
         metrics: Metrics,
         wall_clock: WallClock,
+        definitions: Mapping[str, Definition],
         history: str,
     ) -> None:
         self._state, self._feed, self._store, self._bus = state, feed, store, bus
         self._lead, self._subjects, self._metrics, self._wall_clock = lead, subjects, metrics, wall_clock
+        self._definitions = definitions
+        addressed = max(sum(bool(part.ranges) for part in one.parts) for one in definitions.values())
+        self._most = messages.CHUNKS_PER_EVENT // (1 + addressed)  # a prefix is as long as a grant
         self.history = history
         self.published = 0
         self._expected: dict[Key, set[asyncio.Future[None]]] = defaultdict(set)
@@ -185,7 +190,7 @@ class Relay:
             if above is not None:
                 events = [event for event in events if event.version > above[event.pool]]
             if events:
-                merged = ev.coalesce(events, most=messages.CHUNKS_PER_EVENT)
+                merged = ev.coalesce(events, most=self._most)
                 await self._delivered(partial(self._send_events, merged))
             self._settle(entries)
             self._feed.shorten(self._state, entries[-1].index)
@@ -200,11 +205,17 @@ class Relay:
 
     async def _send_events(self, events: Sequence[Event]) -> None:
         for event in events:
-            await self._send(event.pool, event_body(event), (event.version, event.prev), event.token)
+            body = event_body(event, self._definitions[event.pool].prefixes(event.chunks))
+            await self._send(event.pool, body, (event.version, event.prev), event.token)
 
     async def _send_syncs(self) -> None:
         for pool in self._state.table.pools.values():
-            body = messages.Sync(pods=len(pool.live), chunks=len(pool.chunks), checksum=pool.checksum)
+            body = messages.Sync(
+                pods=len(pool.live),
+                chunks=len(pool.chunks),
+                checksum=pool.checksum,
+                revision=self._definitions[pool.name].revision,
+            )
             await self._send(pool.name, body, (pool.version, pool.version))
 
     async def _send(
@@ -320,7 +331,7 @@ def position_document(position: Position, history: str) -> Document:
     }
 
 
-def event_body(event: Event) -> EventBody:
+def event_body(event: Event, prefixes: Prefixes) -> EventBody:
     """The wire message of a core event."""
     match event.kind, event.owner, event.previous:
         case ev.UP, Owner() as owner, _:
@@ -328,15 +339,15 @@ def event_body(event: Event) -> EventBody:
         case ev.DOWN, Owner() as owner, _:
             return messages.PodDown(owner_ref(owner), event.reason)
         case ev.ALLOCATED, Owner() as owner, _:
-            return messages.ChunkAllocated(owner_ref(owner), event.chunks)
+            return messages.ChunkAllocated(owner_ref(owner), event.chunks, prefixes)
         case ev.CLAIMED, Owner() as owner, Owner() as previous:
             return messages.ChunkClaimed(
-                owner_ref(owner), owner_ref(previous), event.chunks, event.grants, event.hold_ms
+                owner_ref(owner), owner_ref(previous), event.chunks, event.grants, event.hold_ms, prefixes
             )
         case ev.SCANNED, Owner() as owner, _:
-            return messages.ChunkScanned(owner_ref(owner), event.chunks)
+            return messages.ChunkScanned(owner_ref(owner), event.chunks, prefixes)
         case ev.RELEASED, _, Owner() as previous:
-            return messages.ChunkReleased(owner_ref(previous), event.chunks)
+            return messages.ChunkReleased(owner_ref(previous), event.chunks, prefixes)
     raise AssertionError(f"an event that the wire does not know: {event}")
 
 

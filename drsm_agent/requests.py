@@ -21,6 +21,7 @@ from drsm_agent.core.numbers import FreeNumbers
 from drsm_agent.core.restore import TERMS_AHEAD
 from drsm_agent.core.session import Key
 from drsm_agent.core.table import PoolTable
+from drsm_agent.core.usage import asked_back
 from drsm_agent.errors import Refused, StoreUnavailable
 from drsm_agent.feed import Entry
 from drsm_agent.flight import Flight
@@ -61,10 +62,10 @@ class Requests:
         self._leases, self._liveness, self._definitions = reign.leases, reign.liveness, reign.definitions
         self._clock, self._chance, self._metrics = reign.clock, reign.chance, reign.metrics
         self._grants, self._restorer, self._hearing = reign.grants, restorer, reign.hearing
+        self._use = reign.use
         self._ahead: dict[Key, float] = {}
         """When each incarnation of a term to come was first heard of."""
         self._usage_lag = max(pool.usage_lag_ms for pool in reign.definitions.values()) / 1000
-        self._use: dict[Key, dict[str, m.Use]] = {}
         self._free = {
             name: _free_numbers(reign.definitions[name], pool) for name, pool in reign.table.pools.items()
         }
@@ -128,6 +129,7 @@ class Requests:
             allocation_ms=self._allocation_ms(session, agrees=_agree(request.held, held)),
             renew_ms=_ms(self._renew_period()),
             held=held,
+            give_back=self._asked_back(session),
         )
 
     async def chunks(self, request: m.SessionRef) -> m.SessionChunks:
@@ -202,9 +204,10 @@ class Requests:
         return m.Pods(tuple(self._pod_state(pool, owner) for owner in pool.owners().values()))
 
     async def owner(self, pool: PoolTable, request: m.OwnerQuery) -> m.OwnerAnswer:
-        if not isinstance(request.id, int):
-            raise Refused("bad_request", f"id: pool {pool.name} has integer ids")
-        n = self._definitions[pool.name].chunk_of(request.id)
+        try:
+            n = self._definitions[pool.name].chunk_of(request.id, request.space)
+        except ValueError as error:
+            raise Refused("bad_request", f"pool {pool.name}: {error}") from None
         chunk = pool.chunks.get(n) if n is not None else None
         if chunk is None:
             return m.OwnerAnswer(chunk=n, owner=None, marked=False)
@@ -328,7 +331,7 @@ class Requests:
             if not outcome.refused:
                 break
             self._metrics.conflicts.inc(len(outcome.refused))
-        return [self._granted(table, want) or _none(exhausted, pool) for want in wanted]
+        return [self._granted(table, want) or self._none(exhausted, table) for want in wanted]
 
     def _inserts(
         self, pool: str, wanted: Sequence[_Wanted], missing: Sequence[int], numbers: Sequence[int]
@@ -484,6 +487,24 @@ class Requests:
             promised_ms=_ms(self._leases.allocation),
         )
 
+    def _asked_back(self, session: Session) -> dict[str, int]:
+        """How many empty chunks of each pool a pod is asked for, as the pool runs out."""
+        asked = {}
+        for name, use in self._use.get(session.key, {}).items():
+            pool, definition = self._table.pools[name], self._definitions[name]
+            free_ids = use.free if definition.usable else 0
+            count = asked_back(definition.usable, len(pool.chunks), free_ids, definition.ids_per_chunk)
+            if count:
+                asked[name] = count
+        return asked
+
+    def _none(self, exhausted: bool, pool: PoolTable) -> Exception:
+        if not exhausted:
+            return StoreUnavailable("other allocators took every number that was tried")
+        usable = self._definitions[pool.name].usable
+        level = f"{len(pool.chunks)} of {usable} owned, {len(pool.marked)} of them not scanned yet"
+        return Refused("pool_exhausted", f"not one chunk of pool {pool.name} is free: {level}", retry=False)
+
     # --- Looking at the table -----------------------------------------------------------------------
 
     def _defined(self, pools: Sequence[str]) -> tuple[Definition, ...]:
@@ -524,7 +545,7 @@ class Requests:
         return m.PoolState(
             definition=definition,
             chunks=len(pool.chunks),
-            capacity=definition.capacity,
+            capacity=definition.usable,
             pods=len(pool.live),
             orphans=sum(1 for _ in pool.orphans()),
             marked=len(pool.marked),
@@ -534,7 +555,7 @@ class Requests:
 def _free_numbers(definition: Definition, pool: PoolTable) -> FreeNumbers:
     capacity = definition.capacity
     ours = (n for n, chunk in pool.chunks.items() if chunk.drsm and n < capacity)
-    return FreeNumbers(capacity, max(ours, default=-1))
+    return FreeNumbers(capacity, max(ours, default=-1), definition.barren_chunks)
 
 
 def _agree(said: Mapping[str, tuple[int, int]], seen: Mapping[str, tuple[int, int]]) -> bool:
@@ -551,12 +572,6 @@ def _lost(reason: str) -> Refused:
     return Refused(
         "session_lost", f"this incarnation's session is over ({reason}); open a new one", reason=reason
     )
-
-
-def _none(exhausted: bool, pool: str) -> Exception:
-    if exhausted:
-        return Refused("pool_exhausted", f"not one chunk of pool {pool} is free", retry=False)
-    return StoreUnavailable("other allocators took every number that was tried")
 
 
 def _unknown_outcome(what: str) -> StoreUnavailable:

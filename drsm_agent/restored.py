@@ -3,9 +3,9 @@
 One guarded write. What it sets in motion is the next leader's work (`leader`, `restorer`).
 """
 
-import asyncio
 from collections.abc import Sequence
 
+from drsm_agent.alone import see_nobody_lead
 from drsm_agent.core import writes
 from drsm_agent.core.documents import Document, Session, read_session
 from drsm_agent.core.restore import TERMS_AHEAD, Restored, announce, read_restored
@@ -13,15 +13,13 @@ from drsm_agent.core.table import SESSIONS, STAMPS
 from drsm_agent.errors import Misconfigured
 from drsm_agent.ports import Store
 
-LOOKS_PER_LEASE = 3
-
 
 async def announce_restored(store: Store, leader_ttl: float, allocation_ms: int) -> Restored:
     """Announce it; takes `T`, to see that no agent leads. `leader_ttl` in seconds.
 
     Raises Misconfigured while agents run, StoreUnavailable.
     """
-    await _see_nobody_lead(store, leader_ttl)
+    await see_nobody_lead(store, leader_ttl)
     settings = await store.read(writes.SETTINGS)
     sessions = [session for d in await store.read(SESSIONS) if (session := read_session(d))]
     before = read_restored(settings)
@@ -35,25 +33,6 @@ async def announce_restored(store: Store, leader_ttl: float, allocation_ms: int)
             "Expected to be alone, found another announcement just now: look at the agents' log"
         )
     return restored
-
-
-async def _see_nobody_lead(store: Store, leader_ttl: float) -> None:
-    """The record of a leader changes with each renewal; a standby takes it over within `T`."""
-    first = await _leader(store)
-    longest = max(leader_ttl, first.ttl_ms / 1000 if first else 0.0)
-    for _ in range(LOOKS_PER_LEASE + 1):
-        await asyncio.sleep(longest / LOOKS_PER_LEASE)
-        if (now := await _leader(store)) != first:
-            holder = now.holder if now and now.holder else "somebody"
-            raise Misconfigured(
-                f"Expected all agents to be stopped, found that {holder} leads: stop them all, "
-                "the standbys too, and run this again"
-            )
-
-
-async def _leader(store: Store) -> writes.LeaderRecord | None:
-    documents = await store.read(writes.LEADER)
-    return writes.read_leader(documents[0]) if documents else None
 
 
 async def _highest_term(store: Store, sessions: Sequence[Session], before: Restored | None) -> int:

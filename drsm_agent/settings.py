@@ -31,6 +31,7 @@ from pydantic_settings import (
 from drsm_agent.core.lease import Leases, check_usage_lag
 from drsm_agent.errors import Misconfigured
 from drsm_sdk.wire.definition import Definition
+from drsm_sdk.wire.space import FIFO, INTEGER, Space
 from drsm_sdk.wire.subjects import Subjects
 
 PREFIX = "DRSM_"
@@ -44,32 +45,46 @@ POOLS_EXAMPLE = '[{"name": "amfid", "bits": 24}]'
 _OF_KUBERNETES = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT|_PORT(_\d+_(TCP|UDP).*)?$")
 
 
-class PoolSettings(BaseModel):
-    """One pool: the fields of its definition, and the database that holds its collection."""
+class SpaceSettings(BaseModel):
+    """One number space; `drsm_sdk.wire.space.Space` says what the fields mean, and checks them."""
 
     model_config = {"extra": "forbid", "frozen": True}
 
     name: str
-    kind: str = "integer"
-    bits: int = 24
-    block_bits: int = 10
-    slots: int = 0
-    reserved: list[tuple[int, int]] = []
+    kind: str = INTEGER
+    bits: int | None = Field(None, ge=1)
+    ranges: tuple[str, ...] = ()
+    prefix: int | None = Field(None, ge=1)
+    block_bits: int | None = Field(None, ge=1)
+    slots: int | None = Field(None, ge=1)
+    reserved: tuple[tuple[int, int], ...] = ()
+    excluded: tuple[str, ...] = ()
+    order: str = FIFO
+
+    def given(self, exclude: set[str] | None = None) -> dict[str, Any]:
+        """The fields that were given; what was not has a default that depends on the others."""
+        return self.model_dump(exclude=exclude, exclude_none=True)
+
+
+class PoolSettings(SpaceSettings):
+    """One pool: the fields of its definition, and the database that holds its collection."""
+
     usage_lag_ms: int = Field(10_000, ge=0)
     quarantine_ms: int = Field(0, ge=0)
     unscanned: str = "keep"
     revision: int = 1
     database: str = ""
+    spaces: tuple[SpaceSettings, ...] = ()
+
+    @cached_property
+    def definition(self) -> Definition:
+        spaces = tuple(Space(**space.given()) for space in self.spaces)
+        return Definition(**self.given(exclude={"database", "spaces"}), spaces=spaces)
 
     @model_validator(mode="after")
     def _is_a_definition(self) -> "PoolSettings":
         self.definition  # noqa: B018  # raises ValueError that names the field and the rule
         return self
-
-    @property
-    def definition(self) -> Definition:
-        fields = self.model_dump(exclude={"database", "reserved"})
-        return Definition(**fields, reserved=tuple(self.reserved))
 
 
 class Settings(BaseSettings):

@@ -29,6 +29,10 @@ class Chance:
         """`seconds`, up to a tenth less or more."""
         return self._source.uniform(0.9, 1.1) * seconds
 
+    def number(self, below: int) -> int:
+        """From 0 to `below` - 1; by default of a source that nobody can guess."""
+        return self._source.randrange(below)
+
     def below(self, seconds: float) -> float:
         """Between 0 and `seconds`."""
         return self._source.uniform(0.0, seconds)

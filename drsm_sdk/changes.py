@@ -1,21 +1,26 @@
 """What `pool.changes()` and `demux.events()` tell beside the wire's own events."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-Ranges = tuple[tuple[int, int], ...]
-"""Ids as (first, last) ranges, both included, ascending."""
+from drsm_sdk.wire.definition import Definition
+from drsm_sdk.wire.space import Item, merged
+
+Ranges = tuple[tuple[Item, Item], ...]
+"""Ids as (first, last) ranges, both included, ascending; so a million of them stay short."""
 
 
 def ranges(ids: Iterable[int]) -> Ranges:
-    """Distinct ids as ranges, so that a million of them stay short."""
-    found: list[tuple[int, int]] = []
-    for id_ in sorted(ids):
-        if found and found[-1][1] == id_ - 1:
-            found[-1] = (found[-1][0], id_)
-        else:
-            found.append((id_, id_))
-    return tuple(found)
+    """Distinct integers as ranges."""
+    return tuple(merged((id_, id_) for id_ in ids))
+
+
+def issued_ids(definition: Definition, ids: Sequence[Iterable[int]]) -> dict[str, Ranges]:
+    """Distinct ordinals of each space of a pool as its ids, by the space's name."""
+    return {
+        part.name: tuple(span for run in ranges(own) for span in part.spans(*run))
+        for part, own in zip(definition.parts, ids, strict=True)
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +64,32 @@ class GivenBack:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Chunks are no longer this pod's although its session lives; `issued` ids were in use."""
+    """Chunks are no longer this pod's although its session lives; these ids were in use, by space."""
 
     pool: str
     chunks: tuple[int, ...]
-    issued: Ranges
+    ids: Mapping[str, Ranges]
+
+    @property
+    def issued(self) -> Ranges:
+        """Those of the only space, or the first."""
+        return next(iter(self.ids.values()))
 
 
 @dataclass(frozen=True, slots=True)
 class SessionLost:
-    """The session is over, with all its `chunks`; `issued` ids were in use. `reason` as in the error."""
+    """The session is over, with all its `chunks`; these ids were in use, by space. `reason` as in the
+    error."""
 
     pool: str
     reason: str
     chunks: tuple[int, ...]
-    issued: Ranges
+    ids: Mapping[str, Ranges]
+
+    @property
+    def issued(self) -> Ranges:
+        """Those of the only space, or the first."""
+        return next(iter(self.ids.values()))
 
 
 @dataclass(frozen=True, slots=True)

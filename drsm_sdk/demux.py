@@ -15,7 +15,9 @@ from drsm_sdk.pods import Owner
 from drsm_sdk.rpc import Rpc
 from drsm_sdk.tasks import Tasks
 from drsm_sdk.transport import NotConnected, Transport, on_nats
+from drsm_sdk.wire.definition import Definition
 from drsm_sdk.wire.messages import EventBody, EventHead
+from drsm_sdk.wire.space import Item
 from drsm_sdk.wire.subjects import PREFIX_DEFAULT
 
 TIMEOUT = 5.0
@@ -76,11 +78,25 @@ class Demux:
         transport = transport or on_nats(url, chance, f"drsm-demux-{pool}", options)
         return cls(transport, pool, prefix=prefix, timeout=timeout, clock=clock, chance=chance)
 
-    def owner(self, id_: int) -> Owner | None:
-        """Whose id it is: `live`, or `down` when its chunks are about to move; None when nobody owns it."""
+    def owner(self, id_: Item, *, space: str | None = None) -> Owner | None:
+        """Whose id it is: `live`, or `down` when its chunks are about to move; None when nobody owns it.
+
+        Of a pool with several spaces `space` names the id's. An address may be given as text, and stands for
+        the prefix that it lies in. Raises BadRequest for what cannot be an id of the pool.
+        """
         if self._tasks.failure is not None:
             raise Failed from self._tasks.failure
-        return self._mirror.owner(id_)
+        try:
+            return self._mirror.owner(id_, space)
+        except ValueError as error:
+            raise BadRequest(f"pool {self.pool}: {error}") from None
+
+    @property
+    def definition(self) -> Definition:
+        """What the pool is. `definition.prefixes` tells the prefixes of chunks of addresses."""
+        if self._mirror.definition is None:
+            raise AgentUnavailable("no snapshot was taken yet")
+        return self._mirror.definition
 
     def pods(self) -> list[Owner]:
         """Every pod of the pool that is up or still owns a chunk, by name."""

@@ -14,6 +14,7 @@ DrsmError
 """
 
 from drsm_sdk.wire.messages import ERROR_CODES, Failure
+from drsm_sdk.wire.space import Item
 
 
 class DrsmError(Exception):
@@ -32,20 +33,21 @@ class PoolEmpty(DrsmError):
 
 
 class PoolExhausted(DrsmError):
-    """Raised by `allocate` when the agent said that not one chunk of the pool could be granted."""
+    """Raised by `allocate` when the agent said that not one chunk of the pool could be granted; `said` are
+    its words, with the pool's fill level."""
 
-    def __init__(self, pool: str) -> None:
+    def __init__(self, pool: str, said: str = "") -> None:
         super().__init__(
             f"pool {pool}: every chunk is owned, and this pod's ids are all in use or in claimed chunks that "
-            "are not scanned yet; release ids, or define the pool with more bits"
+            f"are not scanned yet{said and f' ({said})'}; release ids, or define the pool larger"
         )
-        self.pool = pool
+        self.pool, self.said = pool, said
 
 
 class NotOwner(DrsmError):
     """Raised when an id lies in a chunk that this pod does not own, or is one that is never issued."""
 
-    def __init__(self, pool: str, id_: int) -> None:
+    def __init__(self, pool: str, id_: Item) -> None:
         super().__init__(
             f"pool {pool}: id {id_} is not in a chunk of this pod, or is never issued; "
             "pool.owner(id) tells whose it is"
@@ -56,7 +58,7 @@ class NotOwner(DrsmError):
 class NotAllocated(DrsmError):
     """Raised by `release` when the id is this pod's but not issued: released twice, or never allocated."""
 
-    def __init__(self, pool: str, id_: int) -> None:
+    def __init__(self, pool: str, id_: Item) -> None:
         super().__init__(
             f"pool {pool}: id {id_} is not issued; release an id once, and only what was allocated"
         )
@@ -109,7 +111,7 @@ def from_failure(failure: Failure, code: int, pool: str) -> DrsmError:
     if known == 410:
         return SessionLost(failure.reason or failure.message)
     if known == 507:
-        return PoolExhausted(pool)
+        return PoolExhausted(pool, failure.message)
     if 400 <= known < 500:
         return BadRequest(failure.message or failure.error, failure.error)
     return AgentUnavailable(f"{failure.error}: {failure.message}")

@@ -14,6 +14,8 @@ from drsm_sdk.pods import Owner
 from drsm_sdk.snapshot import Snapshot
 from drsm_sdk.wire import messages as wire
 from drsm_sdk.wire.checksum import MODULUS, ownership
+from drsm_sdk.wire.definition import Definition
+from drsm_sdk.wire.space import INTEGER, Item
 
 Key = tuple[str, int]
 
@@ -41,7 +43,8 @@ class Holder:
 
 
 class Mirror:
-    """One pool's table. Empty, and knowing nothing, until the first `load`."""
+    """One pool's table. Empty, and knowing nothing, until the first `load`. `shift` is the number of bits
+    of a slot in a pool that is one space of integers, else None."""
 
     def __init__(self) -> None:
         self.version: wire.Version = (0, 0)
@@ -49,16 +52,26 @@ class Mirror:
         self.term = 0
         self.loaded = False
         self.checksum = 0
-        self._shift = 0
+        self.definition: Definition | None = None
+        self.shift: int | None = None
         self._chunks: dict[int, Holder] = {}
         self._holders: dict[Key, Holder] = {}
 
     def __len__(self) -> int:
         return len(self._chunks)
 
-    def owner(self, id_: int) -> Owner | None:
-        """Whose id it is; None when nobody owns its chunk."""
-        holder = self._chunks.get(id_ >> self._shift)
+    def owner(self, id_: Item, space: str | None = None) -> Owner | None:
+        """Whose id it is; None when nobody owns its chunk. Raises ValueError for what cannot be an id of the
+        pool, or of the space."""
+        if self.shift is not None and id_.__class__ is int and space is None:
+            holder = self._chunks.get(id_ >> self.shift)
+            return holder.owner if holder is not None else None
+        n = self.definition.chunk_of(id_, space) if self.definition is not None else None
+        return self.owner_of(n) if n is not None else None
+
+    def owner_of(self, n: int) -> Owner | None:
+        """Whose chunk it is; None when nobody owns it."""
+        holder = self._chunks.get(n)
         return holder.owner if holder is not None else None
 
     def pods(self) -> list[Owner]:
@@ -83,12 +96,16 @@ class Mirror:
             self._holders[owner.key] = Holder(owner)
         for key, numbers in snapshot.chunks:
             self._give(numbers, self._holders[key])
-        self._shift = snapshot.definition.block_bits
+        self._define(snapshot.definition)
         self.version, self.history = snapshot.version, snapshot.history
         self.term = max(self.term, snapshot.term)
         self.loaded = True
         self._sweep(*self._holders)
         return True
+
+    def _define(self, definition: Definition) -> None:
+        self.definition = definition
+        self.shift = definition.block_bits if definition.kind == INTEGER else None
 
     def distrust(self) -> None:
         """What is in hand may rest on a forged message: the next snapshot is taken, whatever its version."""
@@ -104,6 +121,8 @@ class Mirror:
             return Verdict.GAP
         self.term = max(self.term, head.term)
         if isinstance(body, wire.Sync):
+            if self.definition is not None and body.revision > self.definition.revision:
+                return Verdict.GAP  # the pool was redefined
             return Verdict.CONFIRMED if self._agrees(head, body) else Verdict.DOUBT
         if head.version <= self.version:
             return Verdict.DROPPED

@@ -5,12 +5,21 @@ to the event loop that the `Drsm` runs in.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from drsm_sdk import changes
-from drsm_sdk.errors import AgentUnavailable, BadRequest, DrsmError, PoolEmpty, PoolExhausted, SessionLost
+from drsm_sdk.errors import (
+    AgentUnavailable,
+    BadRequest,
+    DrsmError,
+    NotOwner,
+    PoolEmpty,
+    PoolExhausted,
+    SessionLost,
+)
 from drsm_sdk.feed import Feed, Reader
 from drsm_sdk.follow import Follower
 from drsm_sdk.lease import Leases
@@ -22,8 +31,13 @@ from drsm_sdk.stock import Stock
 from drsm_sdk.supply import Supply
 from drsm_sdk.wire import messages as wire
 from drsm_sdk.wire.definition import Definition
+from drsm_sdk.wire.space import INTEGER, Item
 
 ALLOCATE_TIMEOUT = 1.0
+
+T = TypeVar("T")
+Beside = tuple[str, Item]
+"""A space and an id in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +63,8 @@ class Stats:
 
 
 class Pool:
-    """Made by `Drsm.join`. Every id it issues is an int of the pool's width."""
+    """Made by `Drsm.join`. An id is an int of the pool's width; in a pool of addresses an IPv4Address or
+    IPv6Address, or an IPv6Network (IPv4Network) where each id is a prefix."""
 
     def __init__(self, name: str, session: Session, rpc: Rpc, in_use: InUse | None) -> None:
         self.name = name
@@ -63,42 +78,85 @@ class Pool:
         self._lives = 0
         # What a session gives; without one: leases that never ran, and nothing in stock.
         self._leases = Leases()
-        self._stock = self._nothing = Stock(Definition(name=name))
+        self._define(Definition(name=name))
+        self._stock = self._nothing
         self._supply: Supply | None = None
         self._me: Owner | None = None
         self._follower = Follower(
-            rpc, session.subjects, name, clock=session.clock, chance=session.chance, heard=self._heard
+            rpc,
+            session.subjects,
+            name,
+            clock=session.clock,
+            chance=session.chance,
+            heard=self._heard,
+            reloaded=self._redefine,
         )
         self._following: list[asyncio.Task[Any]] = []
 
     # --- ids ------------------------------------------------------------------------------------
 
-    def allocate_nowait(self) -> int:
-        """An id that nobody else has. Raises PoolEmpty when there is no stock just now, AgentUnavailable
-        when the allocation lease has run out, SessionLost while there is no session."""
+    def allocate_nowait(self, *, space: str | None = None, beside: Beside | None = None) -> Item:
+        """An id that nobody else has; of a pool with several spaces, of the one that is named.
+
+        `beside` names a space and an id of this pod in it, and the new one is of the same chunk. Raises
+        PoolEmpty when there is no stock just now, AgentUnavailable when the allocation lease has run out,
+        SessionLost while there is no session, BadRequest for a space that is not there.
+        """
         clock, leases, stock = self._clock, self._leases, self._stock
         now = clock()
         if now >= leases.issue_until:
             raise self._session.refusal()
-        id_ = stock.take(now)
+        place = 0 if space is None and self._single else self._place(space)
+        id_ = stock.take(now, place) if beside is None else stock.take_beside(now, place, self._near(beside))
         supply = self._supply
         if supply is not None and stock.free < supply.wanted:
             supply.wake()
         if id_ is None:
             raise PoolEmpty(self.name)
+        item = id_ if self._plain else self._parts[place].item(id_)
         if clock() >= leases.issue_until:  # the process may have been paused since the first look (R4)
-            stock.put_back(id_)
+            stock.put_back(id_, place)
             raise self._session.refusal()
-        return id_
+        return item
 
-    async def allocate(self, timeout: float = ALLOCATE_TIMEOUT) -> int:
+    def allocate_set_nowait(self, *spaces: str) -> dict[str, Item]:
+        """An id of each of these spaces (without arguments of all), all of one chunk: whoever claims it has
+        all of them. Raises as `allocate_nowait`."""
+        clock, leases, stock = self._clock, self._leases, self._stock
+        now = clock()
+        if now >= leases.issue_until:
+            raise self._session.refusal()
+        places = tuple(map(self._place, spaces)) if spaces else tuple(range(len(self._parts)))
+        ids = stock.take_set(now, places)
+        supply = self._supply
+        if supply is not None and stock.free < supply.wanted:
+            supply.wake()
+        if ids is None:
+            if supply is not None:
+                supply.lack()
+            raise PoolEmpty(self.name)
+        items = {self._parts[i].name: self._parts[i].item(id_) for i, id_ in zip(places, ids, strict=True)}
+        if clock() >= leases.issue_until:
+            for i, id_ in zip(places, ids, strict=True):
+                stock.put_back(id_, i)
+            raise self._session.refusal()
+        return items
+
+    async def allocate(self, timeout: float = ALLOCATE_TIMEOUT, *, space: str | None = None) -> Item:
         """An id that nobody else has, waiting up to `timeout` seconds for one.
 
         Raises PoolExhausted as soon as the agent confirms that no chunk is free; at the deadline PoolEmpty,
         AgentUnavailable with what went wrong last, or SessionLost while there is no session.
         """
+        return await self._waiting_for(partial(self.allocate_nowait, space=space), timeout)
+
+    async def allocate_set(self, *spaces: str, timeout: float = ALLOCATE_TIMEOUT) -> dict[str, Item]:
+        """As `allocate_set_nowait`, waiting and raising as `allocate`."""
+        return await self._waiting_for(partial(self.allocate_set_nowait, *spaces), timeout)
+
+    async def _waiting_for(self, draw: Callable[[], T], timeout: float) -> T:
         try:
-            return self.allocate_nowait()
+            return draw()
         except (PoolEmpty, AgentUnavailable, SessionLost) as error:
             refused: DrsmError = error
             if self._session.closing:
@@ -112,7 +170,7 @@ class Pool:
                         self._supply.urge()
                     await self._news.wait()
                     try:
-                        return self.allocate_nowait()
+                        return draw()
                     except (PoolEmpty, AgentUnavailable, SessionLost) as error:
                         refused = error
                     if self._session.closing:
@@ -120,40 +178,54 @@ class Pool:
                     if self._supply is not supply:
                         supply, verdicts = self._supply, 0
                     if supply is not None and supply.verdicts > verdicts:
-                        raise PoolExhausted(self.name)
+                        raise PoolExhausted(self.name, supply.verdict)
         except TimeoutError:
             raise self._why(refused) from None
         finally:
             self._waiting -= 1
 
-    def release(self, id_: int) -> None:
+    def release(self, id_: Item, *, space: str | None = None) -> None:
         """Give an id back; it is issued again last, and not before its quarantine. Raises NotOwner or
         NotAllocated, and then nothing has changed. In a claimed chunk that is not scanned yet it changes
-        nothing either: the scan decides. Raises BadRequest for what is no int."""
-        if type(id_) is not int:  # True would be taken for 1, and issued later
+        nothing either: the scan decides. Raises BadRequest for what cannot be an id."""
+        place = 0 if space is None and self._single else self._place(space)
+        if not self._plain:
+            id_ = self._ordinal(id_, place)
+        elif type(id_) is not int:  # True would be taken for 1, and issued later
             raise BadRequest(f"release: expected an id as int, found {type(id_).__name__}")
-        self._stock.release(id_, self._clock())
+        self._stock.release(id_, self._clock(), place)
         if self._waiting:
             self._changed()
 
-    def valid(self, id_: int) -> bool:
+    def valid(self, id_: Item, *, space: str | None = None) -> bool:
         """Whether `id_` is still this pod's to use: issued here, or part of a claimed chunk, and the
         allocation lease has not run out. Ask again after any pause before acting on an id."""
-        return self._clock() < self._leases.allocation_until and self._stock.issued(id_)
+        if self._clock() >= self._leases.allocation_until:
+            return False
+        if self._plain and space is None:
+            return self._stock.issued(id_)
+        place = self._place(space)
+        ordinal = self._located(id_, place)
+        return ordinal is not None and self._stock.issued(ordinal, place)
 
-    def grant(self, id_: int) -> str:
+    def grant(self, id_: Item, *, space: str | None = None) -> str:
         """The fencing token to store with `id_`, 16 hex digits: another one as soon as its chunk has had
         another owner. Raises NotOwner."""
-        return self._stock.grant(id_)
+        if self._plain and space is None:
+            return self._stock.grant(id_)
+        place = self._place(space)
+        return self._stock.grant(self._ordinal(id_, place), place)
 
     # --- the others -----------------------------------------------------------------------------
 
-    def owner(self, id_: int) -> Owner | None:
-        """Whose id it is, this pod's or another's; None when nobody owns its chunk."""
-        stock = self._stock
-        if (id_ >> stock.definition.block_bits) in stock:
-            return self._me
-        return self._follower.mirror.owner(id_)
+    def owner(self, id_: Item, *, space: str | None = None) -> Owner | None:
+        """Whose id it is, this pod's or another's; None when nobody owns its chunk. An address may be given
+        as text, and stands for the prefix that it lies in. Raises BadRequest for what cannot be an id."""
+        plain = self._plain and space is None and id_.__class__ is int
+        n: int | None = id_ >> self._defined.block_bits if plain else self._chunk_of(id_, space)
+        if n is None:
+            return None
+        return self._me if n in self._stock else self._follower.mirror.owner_of(n)
 
     def pods(self) -> list[Owner]:
         """Every pod of the pool that is up or still owns a chunk, by name."""
@@ -186,6 +258,11 @@ class Pool:
         )
 
     # --- for Drsm -------------------------------------------------------------------------------
+
+    @property
+    def definition(self) -> Definition:
+        """What the pool is. Before a first session it is not known, and a default."""
+        return self._defined
 
     async def listen(self) -> None:
         """Begin to follow the pool's events."""
@@ -233,6 +310,7 @@ class Pool:
             changed=self._changed,
         )
         self._stock, self._leases = self._supply.stock, life.leases
+        self._define(definition)
         self._me = Owner.of(self._session.owner(life), "live")
         self._lives += 1
         if self._lives > 1:
@@ -245,7 +323,9 @@ class Pool:
         if not self._session.closing and stock is not self._nothing:
             chunks = tuple(sorted(chunk.n for chunk in stock))
             self._feed.publish(
-                changes.SessionLost(self.name, reason, chunks, changes.ranges(stock.all_issued()))
+                changes.SessionLost(
+                    self.name, reason, chunks, changes.issued_ids(stock.definition, stock.all_issued())
+                )
             )
         if self._session.tasks.failure is not None:
             self._feed.close()
@@ -256,7 +336,8 @@ class Pool:
 
     def use(self) -> wire.Use:
         level = self._stock.level(self._clock())
-        return wire.Use(level.issued, level.free, int(level.oldest * 1000), level.closed)
+        oldest_ms = int(level.oldest * 1000)
+        return wire.Use(level.issued, level.free, oldest_ms, level.closed, self._stock.releases)
 
     def holdings(self) -> list[tuple[int, str, bool]]:
         """(number, grant, marked) of every chunk. Not of one on its way back: the agent may have had it, and
@@ -272,6 +353,50 @@ class Pool:
             self._supply.give_back(count)
 
     # --- inside ---------------------------------------------------------------------------------
+
+    def _define(self, definition: Definition) -> None:
+        self._defined, self._parts, self._nothing = definition, definition.parts, Stock(definition)
+        self._single = len(self._parts) == 1
+        self._plain = self._single and self._parts[0].kind == INTEGER
+
+    def _redefine(self) -> None:
+        """A new snapshot, and perhaps a new definition with it."""
+        definition, supply = self._follower.mirror.definition, self._supply
+        if supply is not None and definition is not None and definition.revision > self._defined.revision:
+            supply.redefine(definition)
+            self._define(definition)
+
+    def _chunk_of(self, id_: Item, space: str | None) -> int | None:
+        try:
+            return self._defined.chunk_of(id_, space)
+        except ValueError as error:
+            raise BadRequest(f"pool {self.name}: {error}") from None
+
+    def _place(self, space: str | None) -> int:
+        """The place of a space among the pool's. Raises BadRequest."""
+        try:
+            return self._defined.index(space)
+        except ValueError as error:
+            raise BadRequest(f"pool {self.name}: {error}") from None
+
+    def _located(self, id_: Item, place: int) -> int | None:
+        """The ordinal of an id; None for one outside of the space. Raises BadRequest."""
+        try:
+            return self._parts[place].ordinal(id_)
+        except ValueError as error:
+            raise BadRequest(f"pool {self.name}: {error}") from None
+
+    def _ordinal(self, id_: Item, place: int) -> int:
+        """The same; raises NotOwner for an id outside of the space."""
+        ordinal = self._located(id_, place)
+        if ordinal is None:
+            raise NotOwner(self.name, id_)
+        return ordinal
+
+    def _near(self, beside: Beside) -> int:
+        space, id_ = beside
+        place = self._place(space)
+        return self._ordinal(id_, place) >> self._parts[place].block_bits
 
     def _follow_end(self) -> Stock:
         """Let go of the supply; returns the stock as it was."""

@@ -12,15 +12,23 @@ from concurrent.futures import Future
 from itertools import islice
 from typing import Any
 
-InUse = Callable[[int, int], Iterable[int] | AsyncIterable[int] | Awaitable[Iterable[int]]]
-"""Which ids from `first` to `last` (both included) are in use? Plain or async. An async one shares the event
-loop: it must not block it, and must end when it is cancelled."""
+from drsm_sdk.wire.definition import Definition
+from drsm_sdk.wire.space import INTEGER, Item, Space
+
+InUse = Callable[..., Iterable[Item] | AsyncIterable[Item] | Awaitable[Iterable[Item]]]
+"""`(first, last)`: which ids from `first` to `last` (both included) are in use? Of a pool with several spaces
+it is called for each: `(first, last, space)`. Plain or async. An async one shares the event loop: it must not
+block it, and must end when it is cancelled."""
 
 CONCURRENT = 4
 TIMEOUT = 30.0
 RETRY_FIRST, RETRY_MOST = 1.0, 60.0
 SAID_MAX = 500
 """Characters of a failure's text that are logged and told."""
+
+
+Asked = tuple[Any, ...]
+"""What the function is called with."""
 
 
 class ScanError(Exception):
@@ -36,20 +44,25 @@ class Scanner:
         self._closed = False
         self._threads: set[threading.Thread] = set()
 
-    async def scan(self, first: int, last: int, begun: Callable[[], object]) -> frozenset[int]:
-        """Ids in use. Calls `begun` right before the application's function is asked. Raises ScanError, and
-        whatever Exception the function raises."""
+    async def scan(self, definition: Definition, n: int, begun: Callable[[], object]) -> list[frozenset[int]]:
+        """The ordinals in use of chunk `n`, of each space. Calls `begun` right before the function is first
+        asked. Raises ScanError, and whatever Exception the function raises."""
         async with self._slots:
             begun()
-            found = await self._in_time(first, last)
-        return _checked(found, first, last)
+            return [await self._of_space(part, n, definition) for part in definition.parts]
+
+    async def _of_space(self, part: Space, n: int, definition: Definition) -> frozenset[int]:
+        first, last = part.first_id(n), part.last_id(n)
+        named = (part.name,) if definition.spaces else ()
+        found = await self._in_time((part.item(first), part.item(last), *named), last - first + 1)
+        return _checked(part, found, first, last)
 
     def close(self) -> None:
         """Start no further scan. A plain function that is running cannot be interrupted; its thread does
         not keep the process from ending."""
         self._closed = True
 
-    def _in_thread(self, first: int, last: int, most: int) -> Future[Any]:
+    def _in_thread(self, asked: Asked, most: int) -> Future[Any]:
         """A daemon thread of its own for each: one that hangs must not keep the application from ending."""
         if self._closed:
             raise ScanError("the pool was left")
@@ -57,13 +70,13 @@ class Scanner:
         if len(self._threads) >= CONCURRENT:
             raise ScanError(f"{CONCURRENT} earlier calls of in_use have not returned yet")
         answer: Future[Any] = Future()
-        arguments = (answer, self._in_use, first, last, most)
+        arguments = (answer, self._in_use, asked, most)
         thread = threading.Thread(target=_run, args=arguments, name="drsm-scan", daemon=True)
         self._threads.add(thread)
         thread.start()
         return answer
 
-    async def _in_time(self, first: int, last: int) -> list[Any]:
+    async def _in_time(self, asked: Asked, most: int) -> list[Any]:
         """The function's answer. It may swallow a cancellation, and return what it had found until then: that
         is no answer. One that it made up itself must not end the scan unseen."""
         found: list[Any] = []
@@ -71,7 +84,7 @@ class Scanner:
         limit = asyncio.timeout(TIMEOUT)
         try:
             async with limit:
-                found = await self._ask(first, last)
+                found = await self._ask(asked, most + 1)
         except (KeyboardInterrupt, SystemExit):
             raise  # of an async function: the event loop ends, as with any task
         except BaseException as raised:
@@ -80,19 +93,18 @@ class Scanner:
         if task is not None and task.cancelling():
             raise asyncio.CancelledError from error
         if limit.expired():
-            raise ScanError(f"in_use({first}, {last}) did not return within {TIMEOUT:g} s") from error
+            raise ScanError(f"{_call(asked)} did not return within {TIMEOUT:g} s") from error
         if isinstance(error, Exception):
             raise error
         if error is not None:
-            raise _raised(first, last, error) from error
+            raise _raised(asked, error) from error
         return found
 
-    async def _ask(self, first: int, last: int) -> list[Any]:
-        most = last - first + 2
+    async def _ask(self, asked: Asked, most: int) -> list[Any]:
         if _is_async(self._in_use):
-            result: Any = self._in_use(first, last)
+            result: Any = self._in_use(*asked)
         else:
-            result = await asyncio.wrap_future(self._in_thread(first, last, most))
+            result = await asyncio.wrap_future(self._in_thread(asked, most))
         if inspect.isawaitable(result):
             result = await result
         if isinstance(result, AsyncIterable):
@@ -105,19 +117,23 @@ class Scanner:
         return _listed(result, most)
 
 
-def _run(answer: Future[Any], in_use: InUse, first: int, last: int, most: int) -> None:
+def _run(answer: Future[Any], in_use: InUse, asked: Asked, most: int) -> None:
     if not answer.set_running_or_notify_cancel():
         return
     try:
-        answer.set_result(_called(in_use, first, last, most))
+        answer.set_result(_called(in_use, asked, most))
     except BaseException as error:
         # what asyncio cannot carry, or what would end the application's event loop
         carried = isinstance(error, Exception) and not isinstance(error, StopIteration)
-        answer.set_exception(error if carried else _raised(first, last, error))
+        answer.set_exception(error if carried else _raised(asked, error))
 
 
-def _raised(first: int, last: int, error: BaseException) -> ScanError:
-    return ScanError(f"in_use({first}, {last}) raised {said(error)}")
+def _raised(asked: Asked, error: BaseException) -> ScanError:
+    return ScanError(f"{_call(asked)} raised {said(error)}")
+
+
+def _call(asked: Asked) -> str:
+    return f"in_use({', '.join(map(str, asked))})"
 
 
 def said(error: BaseException) -> str:
@@ -134,9 +150,9 @@ def _is_async(function: object) -> bool:
     return inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call)
 
 
-def _called(in_use: InUse, first: int, last: int, most: int) -> Any:
+def _called(in_use: InUse, asked: Asked, most: int) -> Any:
     """In the thread: also the reading of a lazy result."""
-    result = in_use(first, last)
+    result = in_use(*asked)
     return (
         result if inspect.isawaitable(result) or isinstance(result, AsyncIterable) else _listed(result, most)
     )
@@ -149,13 +165,22 @@ def _listed(result: Any, most: int) -> list[Any]:
     return list(islice(result, most))
 
 
-def _checked(found: list[Any], first: int, last: int) -> frozenset[int]:
+def _checked(part: Space, found: list[Any], first: int, last: int) -> frozenset[int]:
     if len(found) > last - first + 1:
-        raise ScanError(f"expected at most {last - first + 1} ids from {first} to {last}, found more")
-    for id_ in found:  # before they are a set: there True and 1.0 are 1
-        if type(id_) is not int:
-            raise ScanError(f"expected ids as int, found {type(id_).__name__}")
-        if not first <= id_ <= last:
-            outside = id_ if id_.bit_length() <= 64 else f"one of {id_.bit_length()} bits"
-            raise ScanError(f"expected ids from {first} to {last}, found {outside}")
-    return frozenset(found)
+        asked = part.item(first), part.item(last)
+        raise ScanError(f"expected at most {last - first + 1} ids from {asked[0]} to {asked[1]}, found more")
+    return frozenset([_ordinal(part, id_, first, last) for id_ in found])
+
+
+def _ordinal(part: Space, id_: Any, first: int, last: int) -> int:
+    """Each before they are a set: there True and 1.0 are 1."""
+    try:
+        ordinal = part.ordinal(id_)
+    except ValueError as error:
+        expected = "expected ids as int" if part.kind == INTEGER else str(error).partition(",")[0]
+        raise ScanError(f"{expected}, found {type(id_).__name__}") from None
+    if ordinal is None or not first <= ordinal <= last:
+        wide = type(id_) is int and id_.bit_length() > 64
+        outside = f"one of {id_.bit_length()} bits" if wide else str(id_)[:SAID_MAX]
+        raise ScanError(f"expected ids from {part.item(first)} to {part.item(last)}, found {outside}")
+    return ordinal

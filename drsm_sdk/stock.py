@@ -1,6 +1,7 @@
 """One pool's ids in this pod: which chunks it holds, and which of their ids are free, issued or resting.
 
-Pure: no clock, no waiting; `now` is seconds of the pod's clock. Not for use from several threads.
+Pure: no clock, no waiting; `now` is seconds of the pod's clock. Not for use from several threads. Ids are
+ordinals in here (`wire.space`), the same of each space of the pool.
 
 A chunk is *open* when ids may be issued from it. A claimed chunk comes *marked* and closed: what its
 former owners issued is not known. It opens when its scan is finished, and stays marked until the agent
@@ -8,17 +9,19 @@ has confirmed that. A chunk that goes back is *retired* first: from then on noth
 grant, but it counts as held until the agent has answered.
 
 Order of issue: from the fullest chunk first, so that sparse ones empty and can go back; within a chunk
-fresh ids ascending, then released ones in the order of their release, none before its quarantine.
+by default fresh ids ascending, then released ones in the order of their release, none before its quarantine.
 """
 
 import heapq
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from drsm_sdk.errors import NotAllocated, NotOwner
+from drsm_sdk.order import Below, Queue, queue
 from drsm_sdk.wire.checksum import MODULUS, holding
 from drsm_sdk.wire.definition import Definition
+from drsm_sdk.wire.space import Item
 
 SEEN_MAX = 10_000
 """Grants remembered so that none is taken up twice. A doubled or late message is at most some minutes
@@ -26,8 +29,18 @@ old, and a pod takes up far fewer chunks in that time."""
 
 
 @dataclass(slots=True, eq=False)
+class Block:
+    """A chunk's ids of one space: free ones, and used ones with when they were issued, oldest first."""
+
+    free: Queue = field(default_factory=deque[int])
+    used: dict[int, float] = field(default_factory=dict)
+    released: dict[int, None] = field(default_factory=dict)
+    """Ids released since the chunk's scan began, in order."""
+
+
+@dataclass(slots=True, eq=False)
 class Chunk:
-    """One held chunk. `released` is None until a scan began; then the ids released since, in order."""
+    """One held chunk, with a block of each space. `scanning`: its scan has begun."""
 
     n: int
     grant: str
@@ -36,10 +49,18 @@ class Chunk:
     marked: bool
     open: bool
     empty_since: float
-    free: deque[int]
-    used: dict[int, float]  # id -> when it was issued; oldest first
+    blocks: tuple[Block, ...]
     resting: int = 0
-    released: dict[int, None] | None = None
+    scanning: bool = False
+
+    @property
+    def issued(self) -> int:
+        return sum([len(block.used) for block in self.blocks])
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of it is in use, known or unknown."""
+        return self.open and not self.marked and not self.resting and not self.issued
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,102 +76,189 @@ class Level:
     resting: int
 
 
-class Stock:
-    """The chunks of one pool under one session.
+def _no_chance(_: int) -> int:
+    raise ValueError("an order that needs chance was given none")
 
-    `free`   how many ids could be issued now
+
+class Picker:
+    """Which chunk the next ids of some spaces come from: the fullest that has a free id of each.
+
+    The others are a heap by fullness. They can only become less full while ids come from the current one, so
+    a stale entry is one that claims too much, and is put right when it comes to the top. (Where several
+    draw from one chunk an entry may also claim too little; then that chunk comes a little late.)
     """
 
-    def __init__(self, definition: Definition) -> None:
+    __slots__ = ("_others", "_queued", "current", "spaces")
+
+    def __init__(self, spaces: tuple[int, ...]) -> None:
+        self.spaces = spaces
+        self.current: Chunk | None = None
+        self._others: list[tuple[int, int, Chunk]] = []
+        self._queued: set[int] = set()
+
+    def serves(self, chunk: Chunk) -> bool:
+        """Whether the chunk has a free id of each space."""
+        return all(chunk.blocks[space].free for space in self.spaces)
+
+    def offer(self, chunk: Chunk) -> None:
+        """The chunk may be issued from."""
+        if chunk is not self.current and chunk.serial not in self._queued and self.serves(chunk):
+            self._queued.add(chunk.serial)
+            heapq.heappush(self._others, (-chunk.issued, chunk.serial, chunk))
+
+    def pick(self) -> Chunk | None:
+        """Make the fullest chunk that serves the current one."""
+        others, self.current = self._others, None
+        while others:
+            claimed, serial, chunk = others[0]
+            if not self.serves(chunk):
+                heapq.heappop(others)
+                self._queued.discard(serial)
+            elif claimed == -chunk.issued:
+                heapq.heappop(others)
+                self._queued.discard(serial)
+                self.current = chunk
+                return chunk
+            else:
+                heapq.heapreplace(others, (-chunk.issued, serial, chunk))
+        return None
+
+    def forget(self, chunk: Chunk) -> None:
+        """Nothing is issued from the chunk any more."""
+        if chunk is self.current:
+            self.current = None
+        if chunk.serial in self._queued:
+            self._queued.discard(chunk.serial)
+            self._others = [entry for entry in self._others if entry[2] is not chunk]
+            heapq.heapify(self._others)
+
+
+class Stock:
+    """The chunks of one pool under one session. Spaces are told by their place among `definition.parts`.
+
+    `free`       how many ids could be issued now, of the space that has fewest
+    `releases`   how many ids were released, ever
+    """
+
+    def __init__(self, definition: Definition, below: Below = _no_chance) -> None:
         self.definition = definition
-        self.free = 0
-        self._opened = 0
-        self._shift = definition.block_bits
+        self.free = self.releases = 0
+        self._below = below
+        self._parts = definition.parts
+        self._shifts = [part.block_bits for part in self._parts]
         self._quarantine = definition.quarantine_ms / 1000
+        self._left = [0] * len(self._parts)
+        self._opened = [0] * len(self._parts)
         self._chunks: dict[int, Chunk] = {}
         self._retired: set[tuple[int, str]] = set()
         self._seen: dict[tuple[int, str], None] = {}
-        self._resting: deque[tuple[float, Chunk, int]] = deque()
+        self._resting: deque[tuple[float, Chunk, int, int]] = deque()
         self._checksum = 0
         self._serial = 0
-        # The chunk that is issued from, and all others with free ids: a heap by fullness. Those others can
-        # only become less full, so a stale entry is one that claims too much, and is put right when it
-        # comes to the top.
-        self._current: Chunk | None = None
-        self._others: list[tuple[int, int, Chunk]] = []
+        self._pickers = [Picker((space,)) for space in range(len(self._parts))]
+        self._sets: dict[tuple[int, ...], Picker] = {}
 
     # --- single ids -----------------------------------------------------------------------------
 
-    def take(self, now: float) -> int | None:
+    def take(self, now: float, space: int = 0) -> int | None:
         """Issue one id, or None when there is none."""
         if self._resting:
             self.thaw(now)
-        chunk = self._current
-        if chunk is None or not chunk.free:
-            chunk = self._pick()
+        picker = self._pickers[space]
+        chunk = picker.current
+        if chunk is None or not chunk.blocks[space].free:
+            chunk = picker.pick()
             if chunk is None:
                 return None
-        id_ = chunk.free.popleft()
-        chunk.used[id_] = now
-        self.free -= 1
+        block = chunk.blocks[space]
+        id_ = block.free.popleft()
+        block.used[id_] = now
+        left = self._left[space] = self._left[space] - 1
+        if left < self.free:  # noqa: PLR1730  # a call of `min` would be half of what this costs
+            self.free = left
         return id_
 
-    def put_back(self, id_: int) -> None:
-        """Undo the `take` that just returned `id_`: it was not handed out after all."""
-        chunk = self._chunks[id_ >> self._shift]
-        del chunk.used[id_]
-        chunk.free.appendleft(id_)
-        self.free += 1
+    def take_set(self, now: float, spaces: tuple[int, ...]) -> list[int] | None:
+        """Issue one id of each space, all of one chunk, or None when no chunk has one of each."""
+        if self._resting:
+            self.thaw(now)
+        picker = self._sets.get(spaces) or self._new_picker(spaces)
+        chunk = picker.current
+        if chunk is None or not picker.serves(chunk):
+            chunk = picker.pick()
+            if chunk is None:
+                return None
+        return [self._draw(chunk, space, now) for space in spaces]
 
-    def release(self, id_: int, now: float) -> None:
+    def take_beside(self, now: float, space: int, n: int) -> int | None:
+        """Issue one id of a space from chunk `n`, or None when it has none."""
+        if self._resting:
+            self.thaw(now)
+        chunk = self._chunks.get(n)
+        if chunk is None or not chunk.blocks[space].free:
+            return None
+        return self._draw(chunk, space, now)
+
+    def put_back(self, id_: int, space: int = 0) -> None:
+        """Undo the `take` that just returned `id_`: it was not handed out after all."""
+        chunk = self._chunks[id_ >> self._shifts[space]]
+        block = chunk.blocks[space]
+        del block.used[id_]
+        block.free.appendleft(id_)
+        self._add(space, 1)
+        self._offer(chunk, space)
+
+    def release(self, id_: int, now: float, space: int = 0) -> None:
         """Take `id_` back. Raises NotOwner or NotAllocated, and then nothing has changed.
 
         In a marked chunk: before its scan began nothing changes (the scan decides), after that the release
         wins over the scan's result.
         """
-        chunk = self._chunks.get(id_ >> self._shift)
+        chunk = self._chunks.get(id_ >> self._shifts[space])
         if chunk is None:
-            raise NotOwner(self.definition.name, id_)
+            raise NotOwner(self.definition.name, self._item(id_, space))
         if not chunk.open:
-            self._release_closed(chunk, id_)
+            self._release_closed(chunk, id_, space)
             return
         try:
-            del chunk.used[id_]
+            del chunk.blocks[space].used[id_]
         except KeyError:
-            raise self._not_issued(id_) from None
-        if not chunk.used:
+            raise self._not_issued(id_, space) from None
+        self.releases += 1
+        if not chunk.issued:
             chunk.empty_since = now
         if self._quarantine:
-            self._rest(chunk, id_, now)
+            self._rest(chunk, id_, space, now)
         else:
-            self._make_free(chunk, id_)
+            self._make_free(chunk, id_, space)
 
-    def issued(self, id_: int) -> bool:
+    def issued(self, id_: int, space: int = 0) -> bool:
         """Whether `id_` counts as issued by this pod; in a closed chunk every id does that is not known
         to be released."""
-        chunk = self._chunks.get(id_ >> self._shift)
+        chunk = self._chunks.get(id_ >> self._shifts[space])
         if chunk is None:
             return False
         if chunk.open:
-            return id_ in chunk.used
-        return not self.definition.excluded(id_) and id_ not in (chunk.released or ())
+            return id_ in chunk.blocks[space].used
+        return not self._never_issued(id_, space) and id_ not in chunk.blocks[space].released
 
-    def grant(self, id_: int) -> str:
+    def grant(self, id_: int, space: int = 0) -> str:
         """The grant of the chunk that `id_` lies in. Raises NotOwner."""
-        chunk = self._chunks.get(id_ >> self._shift)
-        if chunk is None or self.definition.excluded(id_):
-            raise NotOwner(self.definition.name, id_)
+        chunk = self._chunks.get(id_ >> self._shifts[space])
+        if chunk is None or (id_ not in chunk.blocks[space].used and self._never_issued(id_, space)):
+            raise NotOwner(self.definition.name, self._item(id_, space))
         return chunk.grant
 
     def thaw(self, now: float) -> int:
         """Free the ids whose quarantine is over; returns how many."""
-        resting, before = self._resting, self.free
+        resting, thawed = self._resting, 0
         while resting and resting[0][0] <= now:
-            _, chunk, id_ = resting.popleft()
+            _, chunk, space, id_ = resting.popleft()
             if self._chunks.get(chunk.n) is chunk:
                 chunk.resting -= 1
-                self._make_free(chunk, id_)
-        return self.free - before
+                thawed += 1
+                self._make_free(chunk, id_, space)
+        return thawed
 
     # --- chunks ---------------------------------------------------------------------------------
 
@@ -177,47 +285,66 @@ class Stock:
         self._remember(n, grant)
         self._serial += 1
         marked = hold_until is not None
-        chunk = Chunk(n, grant, self._serial, hold_until, marked, not marked, now, deque(), {})
+        blocks = tuple(Block() for _ in self._parts)
+        chunk = Chunk(n, grant, self._serial, hold_until, marked, not marked, now, blocks)
         self._chunks[n] = chunk
         self._count(chunk, +1)
         if chunk.open:
-            self._open(chunk, self.definition.ids(n))
+            self._open(chunk, [part.ids(n) for part in self._parts])
         return chunk
 
-    def drop(self, n: int) -> list[int]:
-        """Hold chunk `n` no longer; returns the ids that were issued from it."""
+    def drop(self, n: int) -> list[list[int]]:
+        """Hold chunk `n` no longer; returns the ids that were issued from it, of each space."""
         chunk = self._chunks[n]
         self._count(chunk, -1)
         self._forget(chunk)
-        return list(chunk.used)
+        return [list(block.used) for block in chunk.blocks]
+
+    def redefine(self, definition: Definition) -> None:
+        """The pool has changed: nothing is issued any more that is now excluded. More ids of a block come
+        with the chunks that are taken up from now on."""
+        self.definition, self._parts = definition, definition.parts
+        self._quarantine = definition.quarantine_ms / 1000
+        for chunk in self._chunks.values():
+            for space, block in enumerate(chunk.blocks):
+                kept = [id_ for id_ in block.free if not self._never_issued(id_, space)]
+                gone = len(block.free) - len(kept)
+                if gone:
+                    block.free = queue(self._parts[space].order, kept, self._below)
+                    self._opened[space] -= gone
+                    self._add(space, -gone)
 
     def begin_scan(self, n: int, grant: str) -> bool:
         """A scan of a closed chunk begins: from now on releases count. False if there is nothing to scan."""
         chunk = self.get(n, grant)
         if chunk is None or chunk.open:
             return False
-        if chunk.released is None:
-            chunk.released = {}
+        chunk.scanning = True
         return True
 
-    def finish_scan(self, n: int, grant: str, in_use: Iterable[int], now: float) -> tuple[int, int] | None:
-        """Open a closed chunk: `in_use` ids are issued, the rest is free; what was released meanwhile rests
-        first, or comes last. Returns (issued, not issued); None if there was nothing to scan."""
+    def finish_scan(
+        self, n: int, grant: str, in_use: Sequence[Collection[int]], now: float
+    ) -> tuple[int, int] | None:
+        """Open a closed chunk: `in_use` ids of each space are issued, the rest is free; what was released
+        meanwhile rests first, or comes last. An id in use that is never issued (excluded since) is not free
+        once it is released. Returns (issued, not issued); None if there was nothing to scan."""
         chunk = self.get(n, grant)
         if chunk is None or chunk.open:
             return None
-        released = chunk.released or {}
-        ids = self.definition.ids(n)
-        used = set(in_use) - released.keys()
-        chunk.used = {id_: now for id_ in ids if id_ in used}
-        chunk.open, chunk.released, chunk.hold_until = True, None, None
+        issuable: list[list[int]] = []
+        for part, block, used in zip(self._parts, chunk.blocks, in_use, strict=True):
+            ids = part.ids(n)
+            block.used = dict.fromkeys(sorted(set(used) - block.released.keys()), now)
+            fresh = [id_ for id_ in ids if id_ not in block.used and id_ not in block.released]
+            issuable.append(fresh if self._quarantine else [*fresh, *block.released])
+        chunk.open, chunk.hold_until = True, None
         chunk.empty_since = now
-        fresh = [id_ for id_ in ids if id_ not in used and id_ not in released]
-        self._open(chunk, fresh if self._quarantine else [*fresh, *released])
-        if self._quarantine:
-            for id_ in released:
-                self._rest(chunk, id_, now)
-        return len(chunk.used), len(ids) - len(chunk.used)
+        self._open(chunk, issuable)
+        for space, block in enumerate(chunk.blocks):
+            released, block.released = block.released, {}
+            for id_ in released if self._quarantine else ():
+                self._rest(chunk, id_, space, now)
+        return chunk.issued, sum(map(len, issuable)) + chunk.resting
 
     def unreported(self) -> list[Chunk]:
         """Chunks whose scan is finished but whose mark the agent has not cleared yet."""
@@ -240,7 +367,7 @@ class Stock:
         for chunk in sorted(self._chunks.values(), key=lambda chunk: -chunk.serial):
             if len(chosen) == most:
                 break
-            if _empty(chunk) and chunk.empty_since + idle <= now and self.free - len(chunk.free) >= keep:
+            if chunk.idle and chunk.empty_since + idle <= now and self._spare(chunk, keep):
                 self._forget(chunk)
                 self._retired.add((chunk.n, chunk.grant))
                 chosen.append(chunk.n)
@@ -267,25 +394,27 @@ class Stock:
 
     @property
     def drawn(self) -> int:
-        """How many more ids were issued, ever, than became free again. (Counting them as they go would cost
-        each id more than its deque does.)"""
-        return self._opened - self.free
+        """How many more ids were issued, ever, than became free again; of the space with most. (Counting them
+        as they go would cost each id more than its deque does.)"""
+        return max(opened - left for opened, left in zip(self._opened, self._left, strict=True))
 
     def held(self) -> tuple[int, int]:
         """Count and checksum of the chunks held, as `session.renew` carries them."""
         return len(self._chunks) + len(self._retired), self._checksum % MODULUS
 
-    def all_issued(self) -> list[int]:
-        """Every id that is issued now."""
-        return [id_ for chunk in self._chunks.values() for id_ in chunk.used]
+    def all_issued(self) -> list[list[int]]:
+        """Every id that is issued now, of each space."""
+        places = range(len(self._parts))
+        return [[id_ for chunk in self for id_ in chunk.blocks[space].used] for space in places]
 
     def level(self, now: float) -> Level:
+        """Ids of all spaces together, but of the free ones those of the space that has fewest."""
         chunks: Collection[Chunk] = self._chunks.values()
-        first = min((next(iter(chunk.used.values())) for chunk in chunks if chunk.used), default=now)
+        firsts = (next(iter(b.used.values())) for chunk in chunks for b in chunk.blocks if b.used)
         return Level(
-            issued=sum(len(chunk.used) for chunk in chunks),
+            issued=sum(chunk.issued for chunk in chunks),
             free=self.free,
-            oldest=now - first,
+            oldest=now - min(firsts, default=now),
             chunks=len(chunks),
             closed=sum(not chunk.open for chunk in chunks),
             resting=sum(chunk.resting for chunk in chunks),
@@ -293,51 +422,78 @@ class Stock:
 
     # --- inside ---------------------------------------------------------------------------------
 
-    def _pick(self) -> Chunk | None:
-        """Make the fullest chunk with free ids the current one."""
-        others = self._others
-        while others:
-            claimed, serial, chunk = others[0]
-            if claimed == -len(chunk.used):
-                heapq.heappop(others)
-                self._current = chunk
-                return chunk
-            heapq.heapreplace(others, (-len(chunk.used), serial, chunk))
-        return None
+    def _draw(self, chunk: Chunk, space: int, now: float) -> int:
+        block = chunk.blocks[space]
+        id_ = block.free.popleft()
+        block.used[id_] = now
+        self._add(space, -1)
+        return id_
 
-    def _offer(self, chunk: Chunk) -> None:
-        if chunk is not self._current:
-            heapq.heappush(self._others, (-len(chunk.used), chunk.serial, chunk))
+    def _add(self, space: int, count: int) -> None:
+        self._left[space] += count
+        self.free = min(self._left)
 
-    def _open(self, chunk: Chunk, ids: Iterable[int]) -> None:
-        chunk.free = deque(ids)
-        self.free += len(chunk.free)
-        self._opened += len(chunk.free)
-        if chunk.free:
-            self._offer(chunk)
+    def _new_picker(self, spaces: tuple[int, ...]) -> Picker:
+        picker = self._sets[spaces] = Picker(spaces)
+        for chunk in self._chunks.values():
+            picker.offer(chunk)
+        return picker
 
-    def _make_free(self, chunk: Chunk, id_: int) -> None:
-        if not chunk.free:
-            self._offer(chunk)
-        chunk.free.append(id_)
-        self.free += 1
+    def _offer(self, chunk: Chunk, space: int) -> None:
+        self._pickers[space].offer(chunk)
+        for picker in self._sets.values():
+            if space in picker.spaces:
+                picker.offer(chunk)
 
-    def _rest(self, chunk: Chunk, id_: int, now: float) -> None:
-        chunk.resting += 1
-        self._resting.append((now + self._quarantine, chunk, id_))
+    def _open(self, chunk: Chunk, ids: Sequence[Iterable[int]]) -> None:
+        for space, fresh in enumerate(ids):
+            free = chunk.blocks[space].free = queue(self._parts[space].order, fresh, self._below)
+            self._opened[space] += len(free)
+            self._add(space, len(free))
+        for space in range(len(ids)):
+            self._offer(chunk, space)
 
-    def _release_closed(self, chunk: Chunk, id_: int) -> None:
-        if self.definition.excluded(id_):
-            raise NotOwner(self.definition.name, id_)
-        if chunk.released is None:
+    def _make_free(self, chunk: Chunk, id_: int, space: int) -> None:
+        if self._never_issued(id_, space):
             return
-        if id_ in chunk.released:
-            raise NotAllocated(self.definition.name, id_)
-        chunk.released[id_] = None
+        free = chunk.blocks[space].free
+        empty = not free
+        free.append(id_)
+        left = self._left[space] = self._left[space] + 1
+        if left - 1 == self.free:
+            self.free = min(self._left)
+        if empty:
+            self._offer(chunk, space)
 
-    def _not_issued(self, id_: int) -> Exception:
-        excluded = self.definition.excluded(id_)
-        return (NotOwner if excluded else NotAllocated)(self.definition.name, id_)
+    def _rest(self, chunk: Chunk, id_: int, space: int, now: float) -> None:
+        chunk.resting += 1
+        self._resting.append((now + self._quarantine, chunk, space, id_))
+
+    def _release_closed(self, chunk: Chunk, id_: int, space: int = 0) -> None:
+        if self._never_issued(id_, space):
+            raise NotOwner(self.definition.name, self._item(id_, space))
+        if not chunk.scanning:
+            return
+        if id_ in chunk.blocks[space].released:
+            raise NotAllocated(self.definition.name, self._item(id_, space))
+        chunk.blocks[space].released[id_] = None
+
+    def _never_issued(self, id_: int, space: int) -> bool:
+        return self._parts[space].never_issued(id_)
+
+    def _not_issued(self, id_: int, space: int) -> Exception:
+        never = self._never_issued(id_, space)
+        return (NotOwner if never else NotAllocated)(self.definition.name, self._item(id_, space))
+
+    def _item(self, id_: int, space: int) -> Item:
+        """An id as the application has it, for an error."""
+        return self._parts[space].item(id_)
+
+    def _spare(self, chunk: Chunk, keep: int) -> bool:
+        """Whether enough ids of each space stay free without the chunk."""
+        return all(
+            left - len(block.free) >= keep for left, block in zip(self._left, chunk.blocks, strict=True)
+        )
 
     def _count(self, chunk: Chunk, sign: int) -> None:
         self._checksum += sign * holding(chunk.n, chunk.grant, marked=chunk.marked)
@@ -350,14 +506,8 @@ class Stock:
     def _forget(self, chunk: Chunk) -> None:
         """Nothing is issued from `chunk` any more."""
         del self._chunks[chunk.n]
-        self.free -= len(chunk.free)
-        self._opened -= len(chunk.free)
-        if chunk is self._current:
-            self._current = None
-        else:
-            self._others = [entry for entry in self._others if entry[2] is not chunk]
-            heapq.heapify(self._others)
-
-
-def _empty(chunk: Chunk) -> bool:
-    return chunk.open and not chunk.marked and not chunk.used and not chunk.resting
+        for space, block in enumerate(chunk.blocks):
+            self._opened[space] -= len(block.free)
+            self._add(space, -len(block.free))
+        for picker in (*self._pickers, *self._sets.values()):
+            picker.forget(chunk)

@@ -13,7 +13,7 @@ from typing import Any
 
 from drsm_sdk import demand
 from drsm_sdk.ambient import Backoff
-from drsm_sdk.changes import Change, Gained, GivenBack, Lost, ScanFailed, Scanned, ranges
+from drsm_sdk.changes import Change, Gained, GivenBack, Lost, ScanFailed, Scanned, issued_ids
 from drsm_sdk.errors import AgentUnavailable, BadRequest, DrsmError, PoolExhausted
 from drsm_sdk.rpc import Answer
 from drsm_sdk.scan import RETRY_FIRST, RETRY_MOST, Scanner, said
@@ -28,12 +28,14 @@ TICK = 1.0
 ASK_TIMEOUT = 5.0
 ASK_RETRY_FIRST, ASK_RETRY_MOST = 0.1, 5.0
 IDLE = 60.0  # seconds that a chunk stays empty before it goes back
+RECALL_IDLE = 5.0  # the same when the agent asks for it: no chunk goes back and forth
+RECALL_SPARING = 60.0  # seconds after that in which no stock is built up
 PAIRS_MAX = 1000  # of one `release` or `scanned` request
 
 
 class Supply:
     """`trouble` is the last error in asking for chunks, None after a success; `verdicts` counts how often
-    the agent said that the pool is exhausted.
+    the agent said that the pool is exhausted, and `verdict` is how it said so last.
 
     `first` is set once it is known whether there is stock at all: a first open chunk, or the verdict that
     there is none. `told` gets every change; `changed` is called when waiting callers should look again.
@@ -49,11 +51,12 @@ class Supply:
         told: Callable[[Change], None],
         changed: Callable[[], None],
     ) -> None:
-        self.stock = Stock(definition)
+        self.stock = Stock(definition, session.chance.number)
         self.life = life
-        self.wanted = definition.slots
+        self.wanted = definition.ids_per_chunk
         self.trouble: DrsmError | None = None
         self.verdicts = 0
+        self.verdict = ""
         self.first = asyncio.Event()
         self._session, self._scanner = session, scanner
         self._told, self._changed = told, changed
@@ -65,7 +68,9 @@ class Supply:
         self._acquired: wire.Version = (0, 0)
         self._listed: wire.Version = (0, 0)
         self._history, self._term = "", 0
+        self._lacking = False
         self._asked_back = 0
+        self._sparing_until = float("-inf")
         self._tasks = [
             session.tasks.start(self._refill(), f"refill-{self.name}"),
             session.tasks.start(self._return(), f"return-{self.name}"),
@@ -90,9 +95,22 @@ class Supply:
         self._wake_refill.set()
         self._urgent.set()
 
+    def lack(self) -> None:
+        """There are free ids, but not one of each space in one chunk: another chunk is needed."""
+        self._lacking = True
+        self.wake()
+
+    def redefine(self, definition: Definition) -> None:
+        """The pool has changed in a way that leaves what is held where it is."""
+        self.stock.redefine(definition)
+        self.wake()
+
     def give_back(self, count: int) -> None:
-        """The agent asks for up to `count` chunks back, needed here or not."""
+        """The agent asks for up to `count` empty chunks back, as the pool runs out; for a while this pod then
+        keeps no more in stock than it must."""
         self._asked_back = count
+        self._sparing_until = self._clock() + RECALL_SPARING
+        self.wanted = self.stock.definition.ids_per_chunk
         self._wake_returns.set()
 
     def end(self) -> None:
@@ -160,12 +178,13 @@ class Supply:
     def _drop(self, numbers: Sequence[int]) -> None:
         if not numbers:
             return
-        issued = [id_ for n in numbers for id_ in self.stock.drop(n)]
+        dropped = [self.stock.drop(n) for n in numbers]
+        issued = [[id_ for ids in own for id_ in ids] for own in zip(*dropped, strict=True)]
         for (n, _), task in list(self._scans.items()):
             if n in numbers:
                 task.cancel()
         log.warning("pool %s: chunks %s are no longer this pod's", self.name, numbers)
-        self._told(Lost(self.name, tuple(numbers), ranges(issued)))
+        self._told(Lost(self.name, tuple(numbers), issued_ids(self.stock.definition, issued)))
 
     # --- asking for chunks ----------------------------------------------------------------------
 
@@ -195,7 +214,8 @@ class Supply:
                 self._granted(answer)
 
     def _request(self) -> wire.Acquire | None:
-        count = demand.chunks_to_ask(self.stock.free, self.wanted, self.stock.definition.slots)
+        count = demand.chunks_to_ask(self.stock.free, self.wanted, self.stock.definition.ids_per_chunk)
+        count = max(count, int(self._lacking))
         return wire.Acquire(*self._who(), count, self._chance.token()) if count else None
 
     async def _pause(self, delay: float) -> None:
@@ -211,6 +231,7 @@ class Supply:
         if not self._compares(answer.stamp) or version < self._listed:
             return  # the agent has since said which chunks this pod holds
         self._acquired = max(self._acquired, version)
+        self._lacking = False
         self._take_up([(n, grant, None) for n, grant in answer.body.chunks])
 
     def _ask_failed(self, error: DrsmError) -> None:
@@ -221,6 +242,8 @@ class Supply:
         self.trouble = error
         if isinstance(error, PoolExhausted):
             self.verdicts += 1
+            self.verdict = error.said
+            self._lacking = False
             self.first.set()
         self._changed()
 
@@ -248,10 +271,12 @@ class Supply:
     def _retire(self) -> None:
         """From here on nothing is issued from these chunks, whatever becomes of the request."""
         now = self._clock()
-        slots = self.stock.definition.slots
+        least = self.stock.definition.ids_per_chunk
         numbers = self.stock.retire(now, idle=IDLE, keep=demand.ids_to_keep(self.wanted), most=PAIRS_MAX)
         if self._asked_back > len(numbers):
-            numbers += self.stock.retire(now, idle=0.0, keep=slots, most=self._asked_back - len(numbers))
+            numbers += self.stock.retire(
+                now, idle=RECALL_IDLE, keep=least, most=self._asked_back - len(numbers)
+            )
         self._asked_back = 0
         if numbers:
             self._told(GivenBack(self.name, tuple(numbers)))
@@ -298,24 +323,23 @@ class Supply:
             self._changed()
             self._wake_returns.set()
 
-    async def _in_use(self, chunk: Chunk) -> frozenset[int]:
+    async def _in_use(self, chunk: Chunk) -> list[frozenset[int]]:
         """What the application says, asked until it gives an answer that can be one."""
         definition = self.stock.definition
-        first, last = definition.first_id(chunk.n), definition.last_id(chunk.n)
         backoff = Backoff(self._chance, RETRY_FIRST, RETRY_MOST)
         attempt = 0
         while self._scanner is not None:
             attempt += 1
             try:
                 return await self._scanner.scan(
-                    first, last, lambda: self.stock.begin_scan(chunk.n, chunk.grant)
+                    definition, chunk.n, lambda: self.stock.begin_scan(chunk.n, chunk.grant)
                 )
             except Exception as error:  # whatever the application's function raises
                 text = said(error)
                 log.warning("pool %s: scan %d of chunk %d failed: %s", self.name, attempt, chunk.n, text)
                 self._told(ScanFailed(self.name, chunk.n, attempt, text))
             await asyncio.sleep(backoff.delay())
-        return frozenset()
+        return [frozenset() for _ in definition.parts]
 
     # --- the clock ------------------------------------------------------------------------------
 
@@ -324,7 +348,8 @@ class Supply:
         while True:
             now = self._clock()
             self._rate.sample(now, self.stock.drawn)
-            self.wanted = demand.wanted(self._rate.value, self.stock.definition.slots)
+            least = self.stock.definition.ids_per_chunk
+            self.wanted = least if now < self._sparing_until else demand.wanted(self._rate.value, least)
             if self.stock.thaw(now):
                 self._changed()
             if self.stock.free < self.wanted:

@@ -4,14 +4,17 @@ A pool of 2**54 chunks costs what is in use, not what is possible: the never-use
 counter. Numbers that were free below it when this leader started come last, as nobody knows since when.
 """
 
-from collections.abc import Container
+from bisect import bisect_right
+from collections.abc import Container, Sequence
 
 
 class FreeNumbers:
-    """The free numbers 0..capacity-1 of one pool, given that those up to `highest` were used before."""
+    """The free numbers 0..capacity-1 of one pool, given that those up to `highest` were used before. `barren`
+    are runs of numbers (first, last) that are of no use, ascending; they may be as long as the pool."""
 
-    def __init__(self, capacity: int, highest: int = -1) -> None:
+    def __init__(self, capacity: int, highest: int = -1, barren: Sequence[tuple[int, int]] = ()) -> None:
         self._capacity = capacity
+        self._barren, self._barren_from = barren, [first for first, _ in barren]
         self._next = self._gap_end = highest + 1
         self._gap = 0
         self._freed: dict[int, None] = {}
@@ -31,14 +34,22 @@ class FreeNumbers:
         return list(taken)
 
     def _one(self) -> int | None:
+        self._next = self._past_barren(self._next)
         if self._next < self._capacity:
             self._next += 1
             return self._next - 1
-        if self._freed:
+        while self._freed:
             n = next(iter(self._freed))
             del self._freed[n]
-            return n
+            if self._past_barren(n) == n:
+                return n
+        self._gap = self._past_barren(self._gap)
         if self._gap < self._gap_end:
             self._gap += 1
             return self._gap - 1
         return None
+
+    def _past_barren(self, n: int) -> int:
+        """`n`, or the first number after the barren run that it lies in."""
+        at = bisect_right(self._barren_from, n) - 1
+        return self._barren[at][1] + 1 if at >= 0 and n <= self._barren[at][1] else n

@@ -1,30 +1,33 @@
 """May an agent start with these settings and pool definitions, given the ones that are stored?
 
 They change only with a higher `revision`, so that an agent left behind with an old configuration is
-noticed instead of working against the others, and a pool only in ways that keep every id that was
-issued where it is.
+noticed instead of working against the others, and a pool only in ways that leave every owned chunk where
+it is.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from drsm_agent.core.documents import Document, merge
 from drsm_agent.core.writes import SETTINGS, Insert, Update
 
 POOL_PREFIX = "pool:"
-FIXED = ("kind", "block_bits", "database")  # they say where an id lies
+NAMED_MAX = 10
+"""Chunks that a refusal names."""
 FORMER = "former_liveness_ms"
-GROWING = ("bits", "slots")  # what was issued stays inside
 
 
-def reconcile(stored: Document | None, configured: Document) -> Insert | Update | None:
-    """The write that makes `stored` what is `configured`; ValueError, with both, when that may not be."""
+def reconcile(
+    stored: Document | None, configured: Document, in_the_way: Sequence[str] = ()
+) -> Insert | Update | None:
+    """The write that makes `stored` what is `configured`; ValueError, with both, when that may not be.
+    `in_the_way` names owned chunks that would not stay where they are."""
     if stored is None:
         return Insert(SETTINGS, configured)
-    old, new = _present(stored), _present(configured)
+    old, new = present(stored), present(configured)
     if old == new:
         return None
-    faults = list(_faults(old, new))
+    faults = list(_faults(old, new, in_the_way))
     if faults:
         raise ValueError(_refusal(old, new, faults))
     gone = dict.fromkeys(old.keys() - new.keys())  # a field set to None counts as absent
@@ -41,12 +44,21 @@ def _former(old: Document) -> Document:
     return {FORMER: old["liveness_ms"]} if "liveness_ms" in old else {}
 
 
-def _faults(old: Document, new: Document) -> Iterator[str]:
+def changed_pool(stored: Document | None, configured: Document) -> bool:
+    """Whether a pool's definition changes."""
+    is_pool = str(configured["_id"]).startswith(POOL_PREFIX)
+    return is_pool and stored is not None and present(stored) != present(configured)
+
+
+def _faults(old: Document, new: Document, in_the_way: Sequence[str]) -> Iterator[str]:
     if new["revision"] <= old["revision"]:
         yield f"a change needs a revision above {old['revision']}"
-    if str(old["_id"]).startswith(POOL_PREFIX):
-        yield from (f"{name} cannot change" for name in FIXED if old.get(name) != new.get(name))
-        yield from (f"{name} can only grow" for name in GROWING if new.get(name, 0) < old.get(name, 0))
+    if old.get("database") != new.get("database"):
+        yield "database cannot change"
+    if in_the_way:
+        more = len(in_the_way) - NAMED_MAX
+        named = ", ".join(in_the_way[:NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
+        yield f"these would not stay where they are: {named}; have them given back first"
 
 
 def _refusal(old: Document, new: Document, faults: list[str]) -> str:
@@ -62,7 +74,7 @@ def _some(document: Document, names: list[str]) -> dict[str, Any]:
     return {name: document.get(name) for name in names}
 
 
-def _present(document: Document) -> Document:
+def present(document: Document) -> Document:
     """The fields that are not None, tuples as lists: as a database gives them back."""
     fields = merge(document, {})
     return {name: value for name, value in fields.items() if value is not None and name != FORMER}

@@ -4,13 +4,16 @@ Two agents with different leases or id spaces would break every promise to the p
 stores what it was configured with, and others start only with the same (or a higher `revision`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from drsm_agent.core.documents import Document
-from drsm_agent.core.settings import reconcile
+from drsm_agent.alone import see_nobody_lead
+from drsm_agent.core.documents import Document, read_chunk
+from drsm_agent.core.settings import changed_pool, present, reconcile
 from drsm_agent.core.writes import SETTINGS, Insert, Update, first_position, first_stamp
 from drsm_agent.errors import Misconfigured, StoreUnavailable
 from drsm_agent.ports import Store
+from drsm_sdk.wire import codec
+from drsm_sdk.wire.definition import Definition
 
 ATTEMPTS = 5  # each one lost means that another agent stored something in between
 
@@ -23,7 +26,8 @@ async def ensure_stored(store: Store, configured: Iterable[Document]) -> None:
     await ensure_singletons(store)
     wanted = list(configured)
     for _ in range(ATTEMPTS):
-        writes = _differences(await store.read(SETTINGS), wanted)
+        stored = await store.read(SETTINGS)
+        writes = _differences(stored, wanted, await _in_the_way(store, stored, wanted))
         if not writes:
             return
         await store.write(writes)
@@ -38,14 +42,49 @@ async def ensure_singletons(store: Store) -> None:
         await store.write([singleton])
 
 
-def _differences(stored: Iterable[Document], configured: Iterable[Document]) -> list[Insert | Update]:
+async def _in_the_way(
+    store: Store, stored: Iterable[Document], configured: Iterable[Document]
+) -> dict[str, list[str]]:
+    """Of each pool that changes, the owned chunks that would lie elsewhere, or nowhere. Where nothing is in
+    the way, but free chunks move, all agents must have been stopped: the old leader would go on granting
+    those."""
+    known = {document["_id"]: document for document in stored}
+    found: dict[str, list[str]] = {}
+    for document in configured:
+        before = known.get(document["_id"])
+        if before is None or not changed_pool(before, document):
+            continue
+        old, new = _definition(before), _definition(document)
+        if new.grows_from(old):
+            continue
+        owned = [chunk for d in await store.read(old.name) if (chunk := read_chunk(d))]
+        moved = sorted((chunk.n, chunk.pod) for chunk in owned if not new.keeps(old, chunk.n))
+        found[document["_id"]] = [f"chunk {n} of {pod}" for n, pod in moved]
+        if not moved and document["revision"] > before["revision"]:
+            await see_nobody_lead(store)
+    return found
+
+
+def _definition(document: Document) -> Definition:
+    """Raises Misconfigured for what an agent of another version has stored."""
+    try:
+        return codec.from_map(Definition, present(document))
+    except codec.DecodeError as error:
+        raise Misconfigured(
+            f"{document['_id']}: expected a definition in {SETTINGS}, found: {error}"
+        ) from None
+
+
+def _differences(
+    stored: Iterable[Document], configured: Iterable[Document], in_the_way: Mapping[str, list[str]]
+) -> list[Insert | Update]:
     """The writes that are still needed; one message with everything that forbids them."""
     known = {document["_id"]: document for document in stored}
     writes: list[Insert | Update] = []
     refusals = []
     for document in configured:
         try:
-            write = reconcile(known.get(document["_id"]), document)
+            write = reconcile(known.get(document["_id"]), document, in_the_way.get(document["_id"], ()))
         except ValueError as refusal:
             refusals.append(str(refusal))
         else:

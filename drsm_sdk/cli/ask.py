@@ -15,6 +15,7 @@ from drsm_sdk.rpc import RETRY_FIRST, RETRY_MOST, Refused, Rpc
 from drsm_sdk.snapshot import Snapshot
 from drsm_sdk.transport import NotConnected, Transport, on_nats
 from drsm_sdk.wire import messages as m
+from drsm_sdk.wire.definition import Definition
 from drsm_sdk.wire.subjects import Subjects
 
 M = TypeVar("M")
@@ -80,12 +81,11 @@ class Questions:
             for name in await self.pool_names(pool)
         }
 
-    async def owner(self, pool: str, id_: int | str) -> tuple[m.OwnerAnswer, bool]:
+    async def owner(self, pool: str, id_: int | str, space: str | None) -> tuple[m.OwnerAnswer, bool]:
         """Whose it is, and whether it is an id that the pool issues at all."""
-        answer = await self._ask(self._about(pool, "owner"), m.OwnerQuery(id_), m.OwnerAnswer)
-        definitions = [state.definition for state in (await self.pools()).pools]
-        excluded = any(d.name == pool and isinstance(id_, int) and d.excluded(id_) for d in definitions)
-        return answer, answer.chunk is not None and not excluded
+        answer = await self._ask(self._about(pool, "owner"), m.OwnerQuery(id_, space), m.OwnerAnswer)
+        definitions = {state.definition.name: state.definition for state in (await self.pools()).pools}
+        return answer, answer.chunk is not None and _issuable(definitions[pool], id_, space)
 
     async def snapshots(self, pool: str | None) -> dict[str, Snapshot]:
         return {name: await self._snapshot(name) for name in await self.pool_names(pool)}
@@ -112,6 +112,13 @@ class Questions:
 
     def _about(self, pool: str, verb: str) -> str:
         return self.subjects.pool(naming.pool_name(pool), verb)
+
+
+def _issuable(definition: Definition, id_: int | str, space: str | None) -> bool:
+    """Whether an id that the agent has understood may be issued at all."""
+    part = definition.parts[definition.index(space)]
+    ordinal = part.ordinal(id_)
+    return ordinal is not None and not part.never_issued(ordinal)
 
 
 def nats_options(environ: Mapping[str, str]) -> dict[str, Any]:

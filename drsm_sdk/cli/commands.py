@@ -136,8 +136,9 @@ def orphans(
 @app.command()
 def owner(
     pool: PoolName,
-    id_: Annotated[str, typer.Argument(metavar="ID", help="Decimal, or hexadecimal with 0x.")],
+    id_: Annotated[str, typer.Argument(metavar="ID", help="Decimal, hexadecimal with 0x, or an address.")],
     *,
+    space: Annotated[str | None, typer.Option("--space", help="Of a pool that has several.")] = None,
     url: Url = URL_DEFAULT,
     prefix: Prefix = PREFIX_DEFAULT,
     timeout: Timeout = TIMEOUT,
@@ -145,7 +146,7 @@ def owner(
 ) -> None:
     """Whose id is it?"""
     asked = _id(id_)
-    answer, issuable = _asked(Access(url, prefix, timeout), lambda agent: agent.owner(pool, asked))
+    answer, issuable = _asked(Access(url, prefix, timeout), lambda agent: agent.owner(pool, asked, space))
     plain = {"id": asked, "issuable": issuable} | codec.to_map(answer)
     _print(show.owner(asked, answer, issuable=issuable), plain, as_json)
 

@@ -10,6 +10,7 @@ from drsm_sdk.wire import codec
 from drsm_sdk.wire import messages as m
 from drsm_sdk.wire.definition import Definition
 from drsm_sdk.wire.messages import printable
+from drsm_sdk.wire.space import INTEGER, WIDTH, Space
 
 
 class Run(NamedTuple):
@@ -31,8 +32,8 @@ def pools(answer: m.Pools) -> str:
     for pool in answer.pools:
         definition, used = pool.definition, f"{pool.chunks / max(pool.capacity, 1):.1%}"
         numbers = (pool.chunks, pool.capacity, used, pool.pods, pool.orphans, pool.marked)
-        rows.append((definition.name, definition.bits, *numbers))
-    head = ("pool", "bits", "chunks", "capacity", "used", "pods", "orphans", "marked")
+        rows.append((definition.name, place(definition), *numbers))
+    head = ("pool", "ids", "chunks", "capacity", "used", "pods", "orphans", "marked")
     return f"{_table(head, rows)}\n\nled by {leader(answer.leader)}"
 
 
@@ -40,14 +41,33 @@ def pool(state: m.PoolState) -> str:
     """One pool: its definition, and how it stands."""
     definition = state.definition
     fields: dict[str, Any] = {
-        **codec.to_map(definition),
-        "ids of a chunk": definition.slots,
+        **_defined(definition),
         "chunks": f"{state.chunks} of {state.capacity} owned",
         "pods": state.pods,
         "orphans": state.orphans,
         "marked": state.marked,
     }
     return _fields(fields)
+
+
+def place(space: Space) -> str:
+    """Where the ids of a pool or space are."""
+    if isinstance(space, Definition) and space.spaces:
+        return " + ".join(f"{part.name}: {place(part)}" for part in space.spaces)
+    if space.kind == INTEGER:
+        return f"{space.bits} bits"
+    items = "" if space.prefix == WIDTH[space.kind] else f" by /{space.prefix}"
+    return ", ".join(space.ranges) + items
+
+
+def _defined(definition: Definition) -> dict[str, Any]:
+    """A definition's fields, as far as they say something; those of its spaces with their names before."""
+    fields = {name: value for name, value in codec.to_map(definition).items() if value not in (0, "", [])}
+    fields |= {"quarantine_ms": definition.quarantine_ms, "usage_lag_ms": definition.usage_lag_ms}
+    for space in fields.pop("spaces", ()):
+        said = {name: value for name, value in space.items() if value not in (0, "", [])}
+        fields |= {f"{space['name']}.{name}": value for name, value in said.items() if name != "name"}
+    return fields | {"ids of a chunk": definition.ids_per_chunk}
 
 
 def leader(state: m.LeaderState) -> str:
@@ -60,10 +80,12 @@ def pods(answers: Mapping[str, m.Pods]) -> str:
         for pod in sorted(answer.pods, key=lambda pod: (pod.pod.name, pod.pod.incarnation)):
             who = (pod.pod.name, pod.pod.incarnation, pod.state, pod.pod.ip, pod.pod.instance)
             oldest = duration(pod.use.oldest_ms) if pod.use.issued else "-"
-            use = (pod.use.issued, pod.use.free, oldest, pod.use.scanning)
+            use = (pod.use.issued, pod.use.released, pod.use.free, oldest, pod.use.scanning)
             rows.append((pool, *who, pod.chunks, pod.marked, *use))
     who_columns = ("pool", "pod", "incarnation", "state", "ip", "instance")
-    return _table((*who_columns, "chunks", "marked", "issued", "free", "oldest", "scanning"), rows)
+    return _table(
+        (*who_columns, "chunks", "marked", "issued", "released", "free", "oldest", "scanning"), rows
+    )
 
 
 def runs(snapshot: Snapshot) -> Iterator[Run]:
@@ -83,11 +105,18 @@ def chunks(found: Iterable[Run], definitions: Mapping[str, Definition]) -> str:
     for run in found:
         definition = definitions[run.pool]
         numbers = f"{run.first}" if run.first == run.last else f"{run.first}-{run.last}"
-        ids = f"{definition.first_id(run.first)}-{definition.last_id(run.last)}"
+        ids = " + ".join(_between(part, run.first, run.last) for part in definition.parts)
         owner = (run.owner.name, run.owner.incarnation, run.owner.state)
         marked = "marked" if run.marked else ""
         rows.append((run.pool, numbers, run.last - run.first + 1, ids, *owner, marked))
     return _table(("pool", "chunks", "count", "ids", "owner", "incarnation", "state", ""), rows)
+
+
+def _between(part: Space, first: int, last: int) -> str:
+    """The ids of neighbouring chunks, as the first and the last, or as a prefix."""
+    if part.kind == INTEGER:
+        return f"{part.first_id(first)}-{part.last_id(last)}"
+    return part.block(first) if first == last else f"{part.block(first)}-{part.block(last)}"
 
 
 def owner(id_: int | str, answer: m.OwnerAnswer, *, issuable: bool) -> str:
@@ -99,7 +128,9 @@ def owner(id_: int | str, answer: m.OwnerAnswer, *, issuable: bool) -> str:
         fields |= {"owner": who.name, "ip": who.ip, "instance": who.instance}
         fields |= {"incarnation": who.incarnation, "state": who.state}
         fields |= {"marked": "yes: not scanned yet"} if answer.marked else {}
-        fields |= {} if issuable else {"issued": "never: 0, reserved, or beyond the slots of its chunk"}
+        fields |= (
+            {} if issuable else {"issued": "never: 0, reserved, excluded, or beyond the slots of its chunk"}
+        )
     return _fields(fields)
 
 

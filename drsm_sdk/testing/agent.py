@@ -191,7 +191,8 @@ class Agent:
         owned = table.owned(owner).items()
         numbers = [n for n, row in owned if row.request_id == request.request_id] or table.free(request.count)
         if not numbers:
-            raise Refused("pool_exhausted", f"not one chunk of pool {table.name} is free")
+            level = f"{len(table.rows)} of {table.definition.usable} owned"
+            raise Refused("pool_exhausted", f"not one chunk of pool {table.name} is free: {level}")
         if numbers[0] not in table.rows:
             self.allocate(table, owner, numbers, request.request_id)
         return wire.Acquired(tuple((n, table.rows[n].grant) for n in numbers), (table.version, 0))
@@ -235,9 +236,10 @@ class Agent:
         return wire.Pods(tuple(self._pod_state(table, owner) for owner in table.owners()))
 
     def owner(self, table: Table, request: wire.OwnerQuery) -> wire.OwnerAnswer:
-        if not isinstance(request.id, int):
-            raise Refused("bad_request", f"id: pool {table.name} has integer ids")
-        n = table.definition.chunk_of(request.id)
+        try:
+            n = table.definition.chunk_of(request.id, request.space)
+        except ValueError as error:
+            raise Refused("bad_request", f"pool {table.name}: {error}") from None
         row = table.rows.get(n) if n is not None else None
         if row is None:
             return wire.OwnerAnswer(n, None, marked=False)
@@ -318,6 +320,8 @@ class Agent:
 
     def announce(self, table: Table, body: wire.EventBody) -> None:
         """Publish a change that was just made, as the pool's next version."""
+        if not isinstance(body, wire.PodUp | wire.PodDown | wire.Sync | wire.Reset):
+            body = replace(body, prefixes=table.definition.prefixes(body.chunks))
         table.version += 1
         self._send(table, body, prev=table.version - 1)
 

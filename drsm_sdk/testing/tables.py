@@ -69,9 +69,13 @@ class Table:
                 n, self.following = self.following, self.following + 1
             else:
                 n = self.freed.popleft()
-            if n not in self.rows:
+            if n not in self.rows and not self.barren(n):
                 found.append(n)
         return found
+
+    def barren(self, n: int) -> bool:
+        """Whether the chunk cannot issue a single id."""
+        return any(first <= n <= last for first, last in self.definition.barren_chunks)
 
     def release(self, n: int) -> None:
         del self.rows[n]

@@ -1,24 +1,22 @@
-"""What a pool's definition says about its numbers: id <-> chunk and slot, and how many there are."""
+"""What a pool is: its number space, or the several that its chunks are cut into, and how they are used."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
-from drsm_sdk.wire.subjects import valid_pool_name
+from drsm_sdk.wire.space import Interval, Item, Space, merged
 
-BITS_MIN, BITS_MAX = 10, 64
-SLOTS_DEFAULT = 1000
-"""Go DRSM issues 1000 of the 1024 ids of a chunk; both can then live on one collection."""
+SPACES = "spaces"
+"""The kind of a pool that has several spaces."""
+SPACES_MAX = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Definition:
-    """One pool of integer ids. Raises ValueError that names the field and the rule.
+@dataclass(frozen=True, kw_only=True)
+class Definition(Space):
+    """One pool. Raises ValueError that names the field and the rule.
 
-    name            `[a-z0-9][a-z0-9_-]{0,31}`, not beginning with `drsm_`
-    bits            width of an id, 10..64
-    block_bits      width of the slot within a chunk, 1..bits-1 and at most 16
-    slots           how many slots of a chunk are issued, 1..2**block_bits; 0 means the default,
-                    min(1000, 2**block_bits)
-    reserved        id ranges (first, last) that are never issued; id 0 never is
+    With `spaces` empty the pool is a number space itself, with that one's fields. Otherwise owning chunk `n`
+    means owning block `n` of each space, and these fields stay empty.
+
     usage_lag_ms    `W`: within this time an issued id becomes visible to the application's scan
     quarantine_ms   a released id is not issued again before this time has passed
     unscanned       what becomes of a claimed chunk whose owner cannot scan: `keep` it marked, or
@@ -26,67 +24,96 @@ class Definition:
     revision        rises with every change of the definition
     """
 
-    name: str
-    kind: str = "integer"
-    bits: int = 24
-    block_bits: int = 10
-    slots: int = 0
-    reserved: tuple[tuple[int, int], ...] = ()
+    spaces: tuple[Space, ...] = ()
     usage_lag_ms: int = 10_000
     quarantine_ms: int = 0
     unscanned: str = "keep"
     revision: int = 1
 
-    def __post_init__(self) -> None:
-        if not valid_pool_name(self.name):
-            raise ValueError(
-                f"name: expected [a-z0-9][a-z0-9_-]{{0,31}} not beginning with drsm_, got {self.name!r:.60}"
-            )
-        self._require("kind", self.kind == "integer", "'integer'")
-        self._require("bits", BITS_MIN <= self.bits <= BITS_MAX, f"{BITS_MIN}..{BITS_MAX}")
-        self._require("block_bits", 1 <= self.block_bits <= min(16, self.bits - 1), "1..16 and below bits")
-        if self.slots == 0:
-            object.__setattr__(self, "slots", min(SLOTS_DEFAULT, 2**self.block_bits))
-        self._require("slots", 1 <= self.slots <= 2**self.block_bits, f"1..{2**self.block_bits}")
+    def _check_place(self) -> None:
         self._require("usage_lag_ms", self.usage_lag_ms >= 0, "0 or above")
         self._require("quarantine_ms", self.quarantine_ms >= 0, "0 or above")
         self._require("unscanned", self.unscanned in {"keep", "free"}, "'keep' or 'free'")
         self._require("revision", self.revision >= 1, "1 or above")
-        for first, last in self.reserved:
-            self._require("reserved", 0 <= first <= last < 2**self.bits, "ranges [first, last] within bits")
+        if self.spaces or self.kind == SPACES:
+            self._check_spaces()
+        else:
+            super()._check_place()
+        self._keep("_parts", self.spaces or (self,))
+        barren = merged(run for space in self.parts for run in space.barren())
+        self._keep("_barren", tuple(barren))
 
-    def _require(self, field: str, holds: bool, rule: str) -> None:
-        if not holds:
-            raise ValueError(f"pool {self.name}: {field}: expected {rule}, got {getattr(self, field)!r:.60}")
+    def _check_spaces(self) -> None:
+        self._require("spaces", 1 <= len(self.spaces) <= SPACES_MAX, f"1..{SPACES_MAX} of them")
+        names = [space.name for space in self.spaces]
+        self._require("spaces", len(set(names)) == len(names), "each name once", names)
+        for field in fields(Space):
+            if field.name not in {"name", "kind"}:
+                unset = getattr(self, field.name) == field.default
+                self._require(field.name, unset, "none of it beside spaces; each space has its own")
+        self._keep("kind", SPACES)
+
+    @property
+    def parts(self) -> tuple[Space, ...]:
+        """The spaces; of a pool that is one itself, only this one."""
+        return self.__dict__["_parts"]  # type: ignore[no-any-return]
 
     @property
     def capacity(self) -> int:
         """How many chunks there can be; they are numbered from 0."""
-        return 1 << (self.bits - self.block_bits)
+        return min(space.capacity for space in self.parts) if self.spaces else super().capacity
 
-    def chunk_of(self, id_: int) -> int | None:
-        """The number of the chunk that covers `id_`, or None for an id outside of the pool."""
-        return id_ >> self.block_bits if 0 <= id_ < 1 << self.bits else None
+    @property
+    def usable(self) -> int:
+        """How many chunks can issue at least one id of each space."""
+        barren = sum(last - first + 1 for first, last in self.barren_chunks if first < self.capacity)
+        return self.capacity - barren
 
-    def first_id(self, n: int) -> int:
-        """The id of chunk `n`'s slot 0."""
-        return n << self.block_bits
+    @property
+    def barren_chunks(self) -> tuple[Interval, ...]:
+        """Runs of chunks that cannot issue a single id in one of the spaces."""
+        return self.__dict__["_barren"]  # type: ignore[no-any-return]
 
-    def last_id(self, n: int) -> int:
-        """The id of the last slot of chunk `n` that may be issued."""
-        return (n << self.block_bits) + self.slots - 1
+    @property
+    def ids_per_chunk(self) -> int:
+        """Of the space that has fewest."""
+        return min(space.slots for space in self.parts)
 
-    def excluded(self, id_: int) -> bool:
-        """Whether `id_` is never issued: 0, reserved, or above its chunk's slots."""
-        return (
-            id_ == 0
-            or id_ & ((1 << self.block_bits) - 1) >= self.slots
-            or any(first <= id_ <= last for first, last in self.reserved)
+    def index(self, space: str | None) -> int:
+        """The place of a space among `parts`; None means the only one. Raises ValueError."""
+        if space is None and len(self.parts) == 1:
+            return 0
+        for i, part in enumerate(self.parts):
+            if part.name == space:
+                return i
+        names = ", ".join(part.name for part in self.parts)
+        found = "none" if space is None else f"{space!r:.40}"
+        raise ValueError(f"space: expected one of {names}, found {found}")
+
+    def chunk_of(self, item: Item, space: str | None = None) -> int | None:
+        """The number of the chunk that covers an id, or None for one outside. Raises ValueError."""
+        part = self.parts[self.index(space)]
+        ordinal = part.ordinal(item)
+        n = None if ordinal is None else ordinal >> part.block_bits
+        return n if n is not None and n < self.capacity else None
+
+    def keeps(self, other: "Definition", n: int) -> bool:
+        """Whether chunk `n` lies where it lies in `other`."""
+        return len(self.parts) == len(other.parts) and all(
+            mine.keeps_block(its, n) for mine, its in zip(self.parts, other.parts, strict=True)
         )
 
-    def ids(self, n: int) -> list[int]:
-        """The ids that chunk `n` can issue, ascending."""
-        first, last = self.first_id(n), self.last_id(n)
-        if first > 0 and not any(low <= last and high >= first for low, high in self.reserved):
-            return list(range(first, last + 1))
-        return [id_ for id_ in range(first, last + 1) if not self.excluded(id_)]
+    def grows_from(self, other: "Definition") -> bool:
+        """Whether every chunk of `other` lies where it lay."""
+        corners = {n for part in (*self.parts, *other.parts) for n in part.corners()}
+        return all(self.keeps(other, n) for n in corners if n < other.capacity)
+
+    def prefixes(self, chunks: Sequence[int]) -> dict[str, tuple[str, ...]]:
+        """Of each space of addresses, by its name, what these chunks are as prefixes, in their order."""
+        if not chunks:
+            return {}
+        return {part.name: tuple(part.block(n) for n in chunks) for part in self.parts if part.ranges}
+
+    @property
+    def _called(self) -> str:
+        return "pool"

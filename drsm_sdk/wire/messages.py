@@ -23,6 +23,7 @@ CHUNKS_PER_EVENT = 1000
 POOLS_PER_SESSION_MAX = 64
 
 Version = tuple[int, int]
+Prefixes = dict[str, tuple[str, ...]]
 
 _DNS_LABELS = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
 _CHUNK_DOCUMENT = re.compile(r"chunkid-[0-9]+")
@@ -136,12 +137,14 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """What a pod says of its stock in one pool: for operators, never for decisions about ownership."""
+    """What a pod says of its stock in one pool: for operators, and to ask empty chunks back; never for
+    decisions about ownership. `released` counts the ids that it has released, ever."""
 
     issued: int = 0
     free: int = 0
     oldest_ms: int = 0
     scanning: int = 0
+    released: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,8 +419,12 @@ class PodDown:
 
 @dataclass(frozen=True, slots=True)
 class ChunkAllocated:
+    """`prefixes` of this and the other events of chunks: of each space of addresses, by its name, what the
+    chunks are as prefixes, in the order of `chunks`; for who programs routes."""
+
     owner: OwnerRef
     chunks: tuple[int, ...]
+    prefixes: Prefixes = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,27 +436,32 @@ class ChunkClaimed:
     chunks: tuple[int, ...]
     grants: tuple[str, ...]
     hold_ms: int
+    prefixes: Prefixes = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkScanned:
     owner: OwnerRef
     chunks: tuple[int, ...]
+    prefixes: Prefixes = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkReleased:
     previous: OwnerRef
     chunks: tuple[int, ...]
+    prefixes: Prefixes = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Sync:
-    """The table at this version: living pods, owned chunks, and the checksum over all owners."""
+    """The table at this version: living pods, owned chunks, and the checksum over all owners; and the
+    `revision` of the pool's definition, which a snapshot carries."""
 
     pods: int
     chunks: int
     checksum: int
+    revision: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -668,7 +668,7 @@ class TableAgainstDocuments(RuleBasedStateMachine):
         held = mirror.version
         for event in coalesce(self.unpublished[pool], most=most):
             head = EventHead(pool, event.version, event.prev, "agent", 1, "h", 0)
-            verdict = mirror.apply(head, event_body(event))
+            verdict = mirror.apply(head, event_body(event, {}))
             assert verdict is (Verdict.APPLIED if event.version > held else Verdict.DROPPED)
         self.unpublished[pool] = []
         sync = Sync(len(table.live), len(table.chunks), table.checksum)

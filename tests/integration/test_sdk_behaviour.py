@@ -266,7 +266,7 @@ async def given_back(reader: Any, clock: SkippingClock) -> changes.GivenBack:
     return found
 
 
-async def allocated(pool: Pool) -> int:
+async def allocated(pool: Pool) -> Any:
     while True:
         try:
             return await pool.allocate(timeout=1.0)

@@ -378,7 +378,7 @@ async def test_a_claimed_chunk_is_scanned_after_its_hold_and_then_issued_from(
         assert owner.name == "amf-1"  # served by this pod from now on
         assert await next_of(reader, changes.Scanned) == changes.Scanned(POOL, 50, in_use=2, freed=8)
         assert time.monotonic() - started >= 0.2
-        assert asked == [(800, 809)]
+        assert asked == [(800, 815)]
         await agent.until_asked("scanned")
         await eventually(lambda: agent.chunks[50].hold_ms is None)
         pool.release(801)

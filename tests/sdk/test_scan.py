@@ -12,12 +12,16 @@ import pytest
 
 from drsm_sdk import scan
 from drsm_sdk.scan import InUse, ScanError, Scanner
+from drsm_sdk.wire.definition import Definition
+
+BLOCKS = Definition(name="amfid", bits=10, block_bits=3, slots=6)
 
 
 async def scanned(in_use: Any) -> frozenset[int]:
     scanner = Scanner(in_use)
     try:
-        return await scanner.scan(8, 13, lambda: None)
+        (found,) = await scanner.scan(BLOCKS, 1, lambda: None)
+        return found
     finally:
         scanner.close()
 
@@ -49,7 +53,7 @@ class AnObject:
     ],
 )
 async def test_any_iterable_of_ids_will_do_plain_or_async(in_use: InUse) -> None:
-    assert await scanned(in_use) == {8, 13}
+    assert await scanned(in_use) == {8, 15}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +73,7 @@ async def test_any_iterable_of_ids_will_do_plain_or_async(in_use: InUse) -> None
         ([9, 9.0], "found float"),
         ([True], "found bool"),
         ([7], "found 7"),
-        ([14], "found 14"),
+        ([16], "found 16"),
         ([-8], "found -8"),
         ([2**64], "one of 65 bits"),
         ([10**5000], "one of 16610 bits"),
@@ -92,7 +96,7 @@ async def test_a_bool_that_equals_an_id_is_none() -> None:
     """A set would take it for the int."""
     scanner = Scanner(lambda first, last: [1, True])
     with pytest.raises(ScanError, match="found bool"):
-        await scanner.scan(0, 7, lambda: None)
+        await scanner.scan(BLOCKS, 0, lambda: None)
 
 
 async def test_an_async_iterator_without_end_is_no_answer_and_fills_no_memory() -> None:
@@ -107,7 +111,7 @@ async def test_an_async_iterator_without_end_is_no_answer_and_fills_no_memory() 
 
     with pytest.raises(ScanError, match="found more"):
         await scanned(endless)
-    assert read == 7  # one more than there are ids
+    assert read == 9  # one more than there are ids
 
 
 def raises(error: BaseException) -> Any:
@@ -178,7 +182,7 @@ class Strange(BaseException):
 async def test_nothing_that_the_function_raises_ends_the_scan_unseen_or_the_pod(in_use: Any) -> None:
     """A cancellation that nobody asked for would end the task without a word, and the chunk would never be
     asked for again; others would end every task of the pod, or the application's event loop."""
-    with pytest.raises(ScanError, match=r"in_use\(8, 13\) raised [A-Z]"):
+    with pytest.raises(ScanError, match=r"in_use\(8, 15\) raised [A-Z]"):
         await scanned(in_use)
 
 
@@ -240,7 +244,7 @@ async def test_a_scan_that_is_ended_from_outside_ends_whatever_the_function_does
     """The chunk or the session is gone."""
     begun = asyncio.Event()
     scanner = Scanner(in_use)
-    task = asyncio.create_task(scanner.scan(8, 13, begun.set))
+    task = asyncio.create_task(scanner.scan(BLOCKS, 1, begun.set))
     await begun.wait()
     await asyncio.sleep(0)  # into the function
     task.cancel()
@@ -259,18 +263,18 @@ async def test_plain_functions_that_hang_take_no_more_than_four_threads() -> Non
         return []
 
     scanner = Scanner(hangs)
-    hung = [asyncio.create_task(scanner.scan(8, 13, lambda: None)) for _ in range(4)]
+    hung = [asyncio.create_task(scanner.scan(BLOCKS, 1, lambda: None)) for _ in range(4)]
     while len(scanner._threads) < 4:
         await asyncio.sleep(0)
     for task in hung:
         task.cancel()
     await asyncio.wait(hung)
     with pytest.raises(ScanError, match="4 earlier calls of in_use have not returned yet"):
-        await scanner.scan(0, 5, lambda: None)
+        await scanner.scan(BLOCKS, 0, lambda: None)
     go_on.set()
     for thread in scanner._threads:
         thread.join(10)
-    assert await scanner.scan(0, 5, lambda: None) == frozenset()
+    assert await scanner.scan(BLOCKS, 0, lambda: None) == [frozenset()]
     scanner.close()
 
 
@@ -286,6 +290,6 @@ async def test_no_more_than_four_scans_run_at_once() -> None:
         return []
 
     scanner = Scanner(counts)
-    await asyncio.gather(*[scanner.scan(8, 13, lambda: None) for _ in range(20)])
+    await asyncio.gather(*[scanner.scan(BLOCKS, 1, lambda: None) for _ in range(20)])
     scanner.close()
     assert most == 4

@@ -122,8 +122,8 @@ def test_a_chunk_that_is_held_by_another_grant_must_be_dropped_first() -> None:
 def test_dropping_a_chunk_tells_which_ids_were_issued_from_it() -> None:
     stock = filled(SMALL, 1, 2)
     ids = taken(stock, 8)
-    assert stock.drop(1) == ids[:6]
-    assert (stock.free, stock.all_issued()) == (4, ids[6:])
+    assert stock.drop(1) == [ids[:6]]
+    assert (stock.free, stock.all_issued()) == (4, [ids[6:]])
     assert not stock.issued(ids[0])
 
 
@@ -159,7 +159,7 @@ def test_a_scan_leaves_what_is_in_use_issued_and_frees_the_rest() -> None:
     stock = Stock(SMALL)
     stock.add(1, grant(1), 0.0, hold_until=5.0)
     assert stock.begin_scan(1, grant(1))
-    assert stock.finish_scan(1, grant(1), {9, 11}, 6.0) == (2, 4)
+    assert stock.finish_scan(1, grant(1), [{9, 11}], 6.0) == (2, 4)
     assert taken(stock, 4) == [8, 10, 12, 13]
     stock.release(9, 7.0)
     assert stock.take(7.0) == 9
@@ -171,7 +171,7 @@ def test_a_release_before_the_scan_changes_nothing() -> None:
     stock.add(1, grant(1), 0.0, hold_until=5.0)
     stock.release(9, 1.0)
     stock.begin_scan(1, grant(1))
-    assert stock.finish_scan(1, grant(1), {9}, 6.0) == (1, 5)
+    assert stock.finish_scan(1, grant(1), [{9}], 6.0) == (1, 5)
 
 
 def test_a_release_after_the_scan_began_wins_over_its_result() -> None:
@@ -185,7 +185,7 @@ def test_a_release_after_the_scan_began_wins_over_its_result() -> None:
     with pytest.raises(NotOwner):
         stock.release(14, 6.0)
     stock.begin_scan(1, grant(1))
-    assert stock.finish_scan(1, grant(1), {9, 10}, 7.0) == (1, 5)
+    assert stock.finish_scan(1, grant(1), [{9, 10}], 7.0) == (1, 5)
 
 
 def test_what_was_released_during_a_scan_still_rests() -> None:
@@ -193,7 +193,7 @@ def test_what_was_released_during_a_scan_still_rests() -> None:
     stock.add(1, grant(1), 0.0, hold_until=5.0)
     stock.begin_scan(1, grant(1))
     stock.release(8, 6.0)
-    stock.finish_scan(1, grant(1), (), 7.0)
+    stock.finish_scan(1, grant(1), [()], 7.0)
     assert taken(stock, 5, 11.0) == [9, 10, 11, 12, 13]
     assert stock.take(11.9) is None
     assert stock.take(12.0) == 8
@@ -206,14 +206,14 @@ def test_what_was_released_during_a_scan_comes_last_in_the_order_of_its_release(
     stock.begin_scan(1, grant(1))
     stock.release(11, 6.0)
     stock.release(9, 6.0)
-    stock.finish_scan(1, grant(1), {9, 10}, 7.0)
+    stock.finish_scan(1, grant(1), [{9, 10}], 7.0)
     assert taken(stock, 5) == [8, 12, 13, 11, 9]
 
 
 def test_a_chunk_stays_marked_until_the_agent_confirmed_the_scan() -> None:
     stock = Stock(SMALL)
     stock.add(1, grant(1), 0.0, hold_until=5.0)
-    stock.finish_scan(1, grant(1), (), 6.0)
+    stock.finish_scan(1, grant(1), [()], 6.0)
     assert [chunk.n for chunk in stock.unreported()] == [1]
     assert stock.held() == (1, holding(1, grant(1), marked=True))
     assert stock.retire(1000.0, idle=60.0, keep=0, most=9) == []
@@ -226,7 +226,7 @@ def test_a_scan_of_a_chunk_that_is_gone_does_nothing() -> None:
     stock.add(1, grant(1), 0.0, hold_until=5.0)
     stock.drop(1)
     assert not stock.begin_scan(1, grant(1))
-    assert stock.finish_scan(1, grant(1), (), 6.0) is None
+    assert stock.finish_scan(1, grant(1), [()], 6.0) is None
 
 
 # --- giving back ------------------------------------------------------------------------------------
@@ -438,7 +438,7 @@ class StockAgainstAPlainModel(RuleBasedStateMachine):
             chunk.empty_since = self.now
         if self.quarantine:
             self.rest(chunk, id_)
-        else:
+        elif id_ in self.definition.ids(chunk.n):
             chunk.free.append(id_)
             self.drawn -= 1
 
@@ -459,7 +459,7 @@ class StockAgainstAPlainModel(RuleBasedStateMachine):
     def gain_anew(self, data: st.DataObject, marked: bool) -> None:
         """A chunk that is held comes by another grant: the old one must be over."""
         chunk = self.some(data)
-        assert self.stock.drop(chunk.n) == list(chunk.issued)
+        assert self.stock.drop(chunk.n) == [list(chunk.issued)]
         self.forget(chunk)
         self.gain(chunk.n, marked)
 
@@ -476,7 +476,7 @@ class StockAgainstAPlainModel(RuleBasedStateMachine):
     @rule(data=st.data())
     def drop(self, data: st.DataObject) -> None:
         chunk = self.some(data)
-        assert self.stock.drop(chunk.n) == list(chunk.issued)
+        assert self.stock.drop(chunk.n) == [list(chunk.issued)]
         self.forget(chunk)
 
     @precondition(lambda self: self.closed())
@@ -501,18 +501,18 @@ class StockAgainstAPlainModel(RuleBasedStateMachine):
     @precondition(lambda self: self.closed())
     @rule(data=st.data())
     def finish_scan(self, data: st.DataObject) -> None:
-        """The function may also name ids that are never issued."""
+        """The function may also name ids that are not issued any more: they are in use until released."""
         chunk = data.draw(st.sampled_from(self.closed()))
         every = range(self.definition.first_id(chunk.n), self.definition.last_id(chunk.n) + 1)
         in_use = data.draw(st.sets(st.sampled_from(every)))
         ids = self.definition.ids(chunk.n)
-        assert self.stock.finish_scan(chunk.n, "another", (), self.now) is None
-        done = self.stock.finish_scan(chunk.n, chunk.grant, in_use, self.now)
+        assert self.stock.finish_scan(chunk.n, "another", [()], self.now) is None
+        done = self.stock.finish_scan(chunk.n, chunk.grant, [in_use], self.now)
         released, chunk.released, chunk.open = chunk.released or [], None, True
-        chunk.issued = {id_: self.now for id_ in ids if id_ in in_use and id_ not in released}
+        chunk.issued = {id_: self.now for id_ in sorted(in_use) if id_ not in released}
         chunk.free = [id_ for id_ in ids if id_ not in in_use and id_ not in released]
         chunk.empty_since = self.now
-        assert done == (len(chunk.issued), len(ids) - len(chunk.issued))
+        assert done == (len(chunk.issued), len(chunk.free) + len(released))
         if not self.quarantine:
             chunk.free += released
         else:
@@ -525,7 +525,7 @@ class StockAgainstAPlainModel(RuleBasedStateMachine):
         """One attempt too many."""
         chunk = data.draw(st.sampled_from([chunk for chunk in self.held if chunk.open]))
         assert not self.stock.begin_scan(chunk.n, chunk.grant)
-        assert self.stock.finish_scan(chunk.n, chunk.grant, (), self.now) is None
+        assert self.stock.finish_scan(chunk.n, chunk.grant, [()], self.now) is None
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), marked=st.booleans())
@@ -565,23 +565,25 @@ class StockAgainstAPlainModel(RuleBasedStateMachine):
     def every_slot_is_in_one_place(self) -> None:
         """Free, issued, resting, or not known yet; and a free id is never one that is issued."""
         for chunk in self.held:
-            everywhere = [*chunk.free, *chunk.issued, *chunk.resting]
-            assert sorted(everywhere) == (self.definition.ids(chunk.n) if chunk.open else [])
+            ids = self.definition.ids(chunk.n)
+            everywhere = {id_ for id_ in (*chunk.free, *chunk.issued, *chunk.resting) if id_ in ids}
+            assert sorted(everywhere) == (ids if chunk.open else [])
+
+    def counts_as_issued(self, chunk: Held, id_: int) -> bool:
+        if chunk.open:
+            return id_ in chunk.issued
+        return id_ in self.definition.ids(chunk.n) and id_ not in (chunk.released or ())
 
     @invariant()
     def the_stock_is_what_the_model_says(self) -> None:
         stock, held = self.stock, self.held
         for id_ in (*range(40), -1, 500):
             chunk = self.find(id_ >> self.definition.block_bits)
-            mine = chunk is not None and id_ in self.definition.ids(chunk.n)
-            known_free = chunk is not None and (
-                id_ not in chunk.issued if chunk.open else id_ in (chunk.released or ())
-            )
-            assert stock.issued(id_) == (mine and not known_free)
+            assert stock.issued(id_) == (chunk is not None and self.counts_as_issued(chunk, id_))
         assert [(c.n, c.grant, c.marked, c.open) for c in stock] == [
             (c.n, c.grant, c.marked, c.open) for c in held
         ]
-        assert stock.all_issued() == [id_ for chunk in held for id_ in chunk.issued]
+        assert stock.all_issued() == [[id_ for chunk in held for id_ in chunk.issued]]
         assert [c.n for c in stock.unreported()] == [c.n for c in held if c.open and c.marked]
         assert stock.retired() == sorted(self.retired)
 

@@ -78,7 +78,7 @@ async def _counted_from_receipt(self: Rpc, *arguments: Any, **options: Any) -> A
     return replace(await _once(self, *arguments, **options), sent=self.clock())
 
 
-def _without_second_check(self: Pool) -> int:
+def _without_second_check(self: Pool, **_: Any) -> Any:
     now = self._clock()
     if now >= self._leases.issue_until:
         raise self._session.refusal()
@@ -171,10 +171,9 @@ def _unmarked_when_closed(orphan: Any, former: Any, allocation_ms: int, usage_la
 _release_closed = Stock._release_closed
 
 
-def _release_counts_at_once(self: Stock, chunk: Any, id_: int) -> None:
-    if chunk.released is None:
-        chunk.released = {}
-    _release_closed(self, chunk, id_)
+def _release_counts_at_once(self: Stock, chunk: Any, id_: int, space: int) -> None:
+    chunk.scanning = True
+    _release_closed(self, chunk, id_, space)
 
 
 def _as_promised_today(orphan: Any, former: Any, allocation_ms: int, usage_lag_ms: int) -> int:

@@ -5,10 +5,21 @@ from typing import Any
 
 import pytest
 
-from drsm_agent.core.documents import Document
+from drsm_agent.core.documents import Document, Owner
 from drsm_agent.core.settings import former_liveness, reconcile
 from drsm_agent.core.table import STAMPS
-from drsm_agent.core.writes import POSITION, SETTINGS, Insert, Update, save_position, touch_stamp
+from drsm_agent.core.writes import (
+    POSITION,
+    SETTINGS,
+    Insert,
+    LeaderRecord,
+    Update,
+    allocate,
+    first_lead,
+    renew_lead,
+    save_position,
+    touch_stamp,
+)
 from drsm_agent.errors import Misconfigured, StoreUnavailable
 from drsm_agent.store import stored
 from drsm_agent.store.stored import ensure_stored
@@ -74,20 +85,10 @@ def test_a_higher_revision_replaces_exactly_the_one_that_was_seen() -> None:
     assert former_liveness([stored]) == SETTING["liveness_ms"] / 1000
 
 
-@pytest.mark.parametrize(
-    ("change", "fault"),
-    [
-        ({"bits": 23}, "bits can only grow"),
-        ({"slots": 999}, "slots can only grow"),
-        ({"block_bits": 11}, "block_bits cannot change"),
-        ({"kind": "ipv4"}, "kind cannot change"),
-        ({"database": "other"}, "database cannot change"),
-    ],
-)
-def test_a_pool_never_changes_where_its_ids_lie(change: Document, fault: str) -> None:
+def test_a_pool_never_changes_its_database() -> None:
     """Not with any revision."""
-    with pytest.raises(ValueError, match=fault):
-        reconcile(POOL, _pool(revision=9, **change))
+    with pytest.raises(ValueError, match="database cannot change"):
+        reconcile(POOL, _pool(revision=9, database="other"))
 
 
 @pytest.mark.parametrize("change", [{"bits": 32}, {"slots": 1024}, {"reserved": ()}, {}])
@@ -118,12 +119,12 @@ async def test_an_agent_with_other_settings_is_refused_with_all_differences(stor
     """One message for everything, and nothing is changed."""
     await ensure_stored(store, [SETTING, POOL])
     with pytest.raises(Misconfigured) as caught:
-        await ensure_stored(store, [SETTING | {"leader_ms": 9000}, _pool(bits=23, revision=2)])
+        await ensure_stored(store, [SETTING | {"leader_ms": 9000}, _pool(bits=23)])
     text = str(caught.value)
     assert "settings: a change needs a revision above 1" in text
     assert "'leader_ms': 3000" in text
     assert "'leader_ms': 9000" in text
-    assert "pool:amfid: bits can only grow" in text
+    assert "pool:amfid: a change needs a revision above 1" in text
     assert await found(store, SETTINGS, "settings") == SETTING
 
 
@@ -137,6 +138,84 @@ async def test_a_higher_revision_is_stored(store: AnyStore) -> None:
     await ensure_stored(store, [SETTING, _pool(bits=32, revision=2)])
     with pytest.raises(Misconfigured):
         await ensure_stored(store, [SETTING, POOL])
+
+
+UES: Document = {
+    "_id": "pool:amfid",
+    "name": "amfid",
+    "kind": "ipv4",
+    "ranges": ["10.45.0.0/16", "10.60.0.0/24"],
+    "revision": 1,
+}
+
+
+async def owning(store: AnyStore, *numbers: int) -> None:
+    owner = Owner("amf-1", "10.0.0.7", "nf-1", 5)
+    await store.write([allocate("amfid", n, owner, f"{n:016x}", "r") for n in numbers])
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        ["10.45.0.0/16", "10.60.0.0/24", "10.61.0.0/24"],
+        ["10.45.0.0/16", "10.60.0.0/23"],
+        ["10.45.0.0/17", "10.45.128.0/17", "10.60.0.0/24"],
+    ],
+)
+async def test_a_pool_of_addresses_grows_by_whatever_leaves_its_chunks_where_they_are(
+    store: AnyStore, ranges: list[str]
+) -> None:
+    """Another range, a longer last one, one range written as two."""
+    await ensure_stored(store, [SETTING, UES])
+    await owning(store, 0, 255, 256)
+    await ensure_stored(store, [SETTING, UES | {"ranges": ranges, "revision": 2}])
+    document = await found(store, SETTINGS, "pool:amfid")
+    assert document
+    assert document["ranges"] == ranges
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"ranges": ["10.45.0.0/16"]}, "chunk 256 of amf-1"),
+        ({"ranges": ["10.44.0.0/16", "10.60.0.0/24"]}, "chunk 0 of amf-1, chunk 255 of amf-1"),
+        ({"ranges": ["10.44.0.0/15"]}, "chunk 0 of amf-1, chunk 255 of amf-1, chunk 256 of amf-1"),
+        ({"block_bits": 7}, "chunk 0 of amf-1, chunk 255 of amf-1, chunk 256 of amf-1"),
+        ({"kind": "integer", "ranges": []}, "chunk 0 of amf-1, chunk 255 of amf-1, chunk 256 of amf-1"),
+    ],
+)
+async def test_what_would_not_stay_where_it_is_stands_in_the_way_of_a_change(
+    store: AnyStore, change: Document, named: str
+) -> None:
+    """All of it is named, and nothing is changed."""
+    await ensure_stored(store, [SETTING, UES])
+    await owning(store, 0, 255, 256)
+    with pytest.raises(Misconfigured, match=f"would not stay where they are: {named}; have them given back"):
+        await ensure_stored(store, [SETTING, UES | {"revision": 2} | change])
+    assert await found(store, SETTINGS, "pool:amfid") == UES
+
+
+async def test_a_pool_shrinks_to_what_is_owned_while_no_agent_leads(store: AnyStore) -> None:
+    """A leader would go on granting what is to go."""
+    await ensure_stored(store, [SETTING, UES])
+    await owning(store, 3)
+    smaller = UES | {"ranges": ["10.45.0.0/16"], "revision": 2}
+    await only(store, first_lead(LeaderRecord("agent-1", 1, 0, 300)))
+
+    async def lead() -> None:
+        while True:
+            await only(store, renew_lead(LeaderRecord("agent-1", 1, 0, 300)))
+            await asyncio.sleep(0.02)
+
+    leading = asyncio.create_task(lead())
+    try:
+        with pytest.raises(Misconfigured, match="agent-1 leads: stop them all"):
+            await ensure_stored(store, [SETTING, smaller])
+    finally:
+        leading.cancel()
+        await asyncio.wait([leading])
+    await ensure_stored(store, [SETTING, smaller])
+    assert await found(store, SETTINGS, "pool:amfid") == smaller
 
 
 async def test_agents_that_start_together_agree(store: AnyStore) -> None:

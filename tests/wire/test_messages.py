@@ -15,6 +15,7 @@ import pytest
 from drsm_sdk.wire import messages as m
 from drsm_sdk.wire.codec import DecodeError, decode, encode, from_map, to_map, unpack
 from drsm_sdk.wire.definition import Definition
+from drsm_sdk.wire.space import Space
 
 GOLDEN: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("golden.json").read_text())
 
@@ -24,6 +25,14 @@ AMF_2 = m.OwnerRef("amf-2", "10.0.0.8", "nf-2", 7 << 32 | 6)
 GO_POD = m.OwnerRef("amf-go", "10.0.0.9", "", 0)
 VERSION = (1_700_000_000 << 32 | 3, 1)
 POOL = Definition(name="amfid", reserved=((1, 9),))
+UE_POOL = Definition(
+    name="sessions",
+    spaces=(
+        Space(name="seid", bits=64),
+        Space(name="ue", kind="ipv4", ranges=("10.45.0.0/16",), excluded=("10.45.7.0/24",)),
+    ),
+    revision=2,
+)
 GRANT, GRANT_2 = "0123456789abcdef", "fedcba9876543210"
 SHOWN_1 = m.SnapshotOwner("amf-1", "10.0.0.7", "nf-1", 7 << 32 | 5, "live")
 SHOWN_GO = m.SnapshotOwner("amf-go", "10.0.0.9", "", 0, "down")
@@ -41,7 +50,7 @@ REQUESTS: dict[str, Any] = {
     "session.open": m.Open(m.PodRef("amf-1", "10.0.0.7", "nf-1"), ("amfid", "tmsi"), "r-1"),
     "session.join": m.Join("amf-1", AMF_1.incarnation, ("amfid",)),
     "session.renew": m.Renew(
-        "amf-1", AMF_1.incarnation, {"amfid": (2, 2**64 - 1)}, {"amfid": m.Use(900, 1100, 5000, 1)}
+        "amf-1", AMF_1.incarnation, {"amfid": (2, 2**64 - 1)}, {"amfid": m.Use(900, 1100, 5000, 1, 7)}
     ),
     "session.report": m.Report(
         "amf-1", AMF_1.incarnation, (("amfid", 3, GRANT, True),), 1, "10.0.0.7", "nf-1", ("amfid",)
@@ -59,7 +68,7 @@ REQUESTS: dict[str, Any] = {
 }
 ANSWERS: dict[str, Any] = {
     "session.open": m.Opened(AMF_1.incarnation, (POOL,), 2721, 296_000, 500),
-    "session.join": m.Joined((POOL,)),
+    "session.join": m.Joined((POOL, UE_POOL)),
     "session.renew": m.Renewed(2721, 296_000, 500, {"amfid": (2, 1)}, {"amfid": 1}),
     "session.report": m.Reported(1),
     "session.chunks": m.SessionChunks(
@@ -71,7 +80,7 @@ ANSWERS: dict[str, Any] = {
     "release": m.Released((3, 4)),
     "scanned": m.Cleared((3,)),
     "snapshot": m.SnapshotPage(VERSION, 0, (SHOWN_1, SHOWN_GO), ((0, (3, 4)), (1, (5,))), (4,), POOL, True),
-    "pods": m.Pods((m.PodState(AMF_1, "live", 2, 1, m.Use(900, 1100, 5000, 1)),)),
+    "pods": m.Pods((m.PodState(AMF_1, "live", 2, 1, m.Use(900, 1100, 5000, 1, 7)),)),
     "owner": m.OwnerAnswer(3, SHOWN_1, False),
     "pools": m.Pools((m.PoolState(POOL, 3, 16384, 2, 1, 1),), m.LeaderState("agent-1", 7, 60_000)),
     "error": m.Failure("session_lost", "amf-1 is not alive", "superseded", False),
@@ -79,11 +88,11 @@ ANSWERS: dict[str, Any] = {
 EVENTS: dict[str, Any] = {
     "pod.up": m.PodUp(AMF_1),
     "pod.down": m.PodDown(AMF_1, "expired"),
-    "chunk.allocated": m.ChunkAllocated(AMF_1, (3, 4)),
+    "chunk.allocated": m.ChunkAllocated(AMF_1, (3, 4), {"ue": ("10.45.3.0/24", "10.45.4.0/24")}),
     "chunk.claimed": m.ChunkClaimed(AMF_2, GO_POD, (3, 4), (GRANT, GRANT_2), 310_000),
     "chunk.scanned": m.ChunkScanned(AMF_2, (3, 4)),
     "chunk.released": m.ChunkReleased(AMF_2, (3, 4)),
-    "sync": m.Sync(2, 3, 2**64 - 1),
+    "sync": m.Sync(2, 3, 2**64 - 1, 1),
     "reset": m.Reset("position lost"),
 }
 SAID: dict[str, tuple[Any, ...]] = (
@@ -116,7 +125,7 @@ def test_every_class_of_the_protocol_is_in_an_example() -> None:
 
     visit(list(SAID.values()))
     classes = {value for value in vars(m).values() if isinstance(value, type)}
-    assert seen == {kind for kind in classes if dataclasses.is_dataclass(kind)}
+    assert seen - {Space} == {kind for kind in classes if dataclasses.is_dataclass(kind)}
 
 
 @pytest.mark.parametrize("name", sorted(SAID))
@@ -174,11 +183,11 @@ FIELDS = {
     "answer error": f"{_STAMP} error message reason retry",
     "event pod.up": f"{_HEAD} pod",
     "event pod.down": f"{_HEAD} pod reason",
-    "event chunk.allocated": f"{_HEAD} owner chunks",
-    "event chunk.claimed": f"{_HEAD} owner previous chunks grants hold_ms",
-    "event chunk.scanned": f"{_HEAD} owner chunks",
-    "event chunk.released": f"{_HEAD} previous chunks",
-    "event sync": f"{_HEAD} pods chunks checksum",
+    "event chunk.allocated": f"{_HEAD} owner chunks prefixes",
+    "event chunk.claimed": f"{_HEAD} owner previous chunks grants hold_ms prefixes",
+    "event chunk.scanned": f"{_HEAD} owner chunks prefixes",
+    "event chunk.released": f"{_HEAD} previous chunks prefixes",
+    "event sync": f"{_HEAD} pods chunks checksum revision",
     "event reset": f"{_HEAD} reason",
 }
 
@@ -393,8 +402,9 @@ def test_an_error_names_the_field_and_the_rule(kind: Any, change: dict[str, Any]
     assert str(refused.value)[: len(text)] == text
 
 
+PLACE = "kind bits ranges prefix block_bits slots reserved excluded order"
 OPTIONAL = {
-    m.Use: "issued free oldest_ms scanning",
+    m.Use: "issued free oldest_ms scanning released",
     m.Renew: "held use",
     m.Report: "total ip instance pools",
     m.Renewed: "held give_back",
@@ -402,12 +412,19 @@ OPTIONAL = {
     m.OwnerQuery: "space",
     m.Failure: "reason retry",
     m.EventHead: "v",
-    Definition: "kind bits block_bits slots reserved usage_lag_ms quarantine_ms unscanned revision",
+    Space: PLACE,
+    Definition: f"{PLACE} spaces usage_lag_ms quarantine_ms unscanned revision",
+    m.Sync: "revision",
+    m.ChunkAllocated: "prefixes",
+    m.ChunkClaimed: "prefixes",
+    m.ChunkScanned: "prefixes",
+    m.ChunkReleased: "prefixes",
 }
 
 
 @pytest.mark.parametrize(
-    "part", [part for name in sorted(SAID) for part in SAID[name]] + [POOL, m.Use(1, 2, 3, 4)]
+    "part",
+    [part for name in sorted(SAID) for part in SAID[name]] + [POOL, UE_POOL.spaces[0], m.Use(1, 2, 3, 4)],
 )
 def test_a_missing_field_is_named(part: Any) -> None:
     """Every field is needed but those that the protocol calls optional; the error names it."""
