@@ -7,6 +7,7 @@ typed error (or silence where nobody waits, or when this agent does not lead any
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import structlog
@@ -16,8 +17,10 @@ from drsm_agent.lead import Lead
 from drsm_agent.metrics import Metrics
 from drsm_agent.ports import Bus, Incoming
 from drsm_agent.requests import POOL_HANDLERS, SESSION_HANDLERS, Requests
+from drsm_agent.snapshots import Snapshots
 from drsm_sdk.wire import codec
 from drsm_sdk.wire import messages as m
+from drsm_sdk.wire.definition import Definition
 from drsm_sdk.wire.subjects import Route, Subjects
 
 IN_FLIGHT_MAX = 4096
@@ -40,10 +43,12 @@ class Endpoints:
         subjects: Subjects,
         lead: Lead,
         history: str,
+        definitions: Mapping[str, Definition],
         metrics: Metrics,
     ) -> None:
         self._tasks, self._bus, self._subjects, self._lead = tasks, bus, subjects, lead
         self._stamp = codec.to_map(m.Stamp(lead.agent, lead.term, history))
+        self._snapshots = Snapshots(definitions, self._stamp)
         self._metrics = metrics
         self._requests: Requests | None = None
         self._in_flight = 0
@@ -134,13 +139,18 @@ class Endpoints:
         return self._requests
 
     async def _send_snapshot(self, incoming: Incoming, route: Route, *, as_json: bool) -> None:
-        """All pages at one version, then an empty message; encoded before anything else may change."""
-        requests = self._serving()
-        pool = requests.pool(route.pool or "")
+        """All pages at one version, then an empty message. No page before the server has the last one."""
+        pool = self._serving().pool(route.pool or "")
         if not incoming.reply:
             return
-        for page in requests.snapshot(pool, self._bus.max_payload):
-            await self._reply(incoming, codec.to_map(page), as_json=as_json)
+        headers = {"Content-Type": "application/json" if as_json else m.CONTENT_TYPE}
+
+        async def send(page: bytes) -> None:
+            self._lead.check()
+            await self._bus.publish(incoming.reply, page, headers)
+            await self._bus.carried()
+
+        await self._snapshots.send(pool, self._bus.max_payload, send, as_json=as_json)
         await self._bus.publish(incoming.reply, b"")
 
     async def _reply(self, incoming: Incoming, body: dict[str, Any], *, as_json: bool) -> None:

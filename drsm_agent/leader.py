@@ -265,6 +265,7 @@ class Leader:
             subjects=parts.subjects,
             lead=lead,
             history=relay.history,
+            definitions=parts.definitions,
             metrics=parts.metrics,
         )
         # Until it serves, clients shall hear "no responders" at once, so only the probe is subscribed to.

@@ -134,9 +134,12 @@ class Bus(Protocol):
     ) -> None:
         """Hand a message to the connection. Raises BusUnavailable while there is none, TooLarge."""
 
+    async def carried(self) -> None:
+        """Return once the server has all that was handed over so far: who sends much waits for it, so that
+        others need not. BusUnavailable if the connection changed meanwhile."""
+
     async def flush(self) -> None:
-        """Return once the server has all that was published since the last flush; BusUnavailable if the
-        connection changed in between, as then some of it may be lost."""
+        """The same for events: BusUnavailable also if the server refused one since the last flush."""
 
     async def request(self, subject: str, data: bytes, timeout: float) -> bytes:
         """Ask and wait for one answer. Raises BusUnavailable without one after `timeout` seconds."""

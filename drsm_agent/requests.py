@@ -28,7 +28,7 @@ from drsm_agent.flight import Flight
 from drsm_agent.reign import Reign
 from drsm_agent.relay import owner_ref
 from drsm_agent.restorer import Restorer
-from drsm_agent.snapshots import owner_state, snapshot_owner, snapshot_pages
+from drsm_agent.snapshots import owner_state, snapshot_owner
 from drsm_sdk.wire import messages as m
 from drsm_sdk.wire.definition import Definition
 
@@ -218,9 +218,6 @@ class Requests:
             pools=tuple(self._pool_state(pool) for pool in self._table.pools.values()),
             leader=m.LeaderState(self._lead.agent, self._lead.term, _ms(self._lead.age())),
         )
-
-    def snapshot(self, pool: PoolTable, max_payload: int) -> list[m.SnapshotPage]:
-        return snapshot_pages(pool, self._definitions[pool.name], max_payload)
 
     # --- Flights: one bulk write for all that wait ------------------------------------------------
 

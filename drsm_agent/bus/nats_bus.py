@@ -183,7 +183,7 @@ class NatsBus:
             raise BusUnavailable(f"NATS did not take a message for {subject}: {error}") from error
         cancellation.heed()
 
-    async def flush(self) -> None:
+    async def carried(self) -> None:
         self._require_connection()
         before = self.reconnects
         with self._expecting() as (inbox, echo):
@@ -193,12 +193,15 @@ class NatsBus:
                     await echo
             except (NatsError, TimeoutError) as error:
                 raise BusUnavailable(f"NATS did not confirm: {str(error) or type(error).__name__}") from error
+        if not self.connected or self.reconnects != before:
+            raise BusUnavailable("the NATS connection changed while messages were under way")
+
+    async def flush(self) -> None:
+        await self.carried()
         if refused := self._refused:
             self._refused = ""
             raise BusUnavailable(f"{refused}; give the agent's NATS user the permission")
         self.forbidden = ""
-        if not self.connected or self.reconnects != before:
-            raise BusUnavailable("the NATS connection changed while messages were under way")
 
     async def request(self, subject: str, data: bytes, timeout: float) -> bytes:
         with self._expecting() as (inbox, answer):

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from drsm_agent.core.documents import Chunk, Drsm, Owner, Session
-from drsm_agent.core.events import ALLOCATED, CLAIMED, DOWN, RELEASED, SCANNED, UP, Event, coalesce
+from drsm_agent.core.events import ALLOCATED, CLAIMED, DOWN, RELEASED, SCANNED, UP, Event, Version, coalesce
 from drsm_agent.core.table import SESSIONS, STAMPS, Change, Hashes, Table
 from drsm_agent.relay import event_body
-from drsm_agent.snapshots import snapshot_pages
+from drsm_agent.snapshots import PoolPages
 from drsm_sdk.mirror import Mirror, Verdict
 from drsm_sdk.pods import Owner as MirrorOwner
 from drsm_sdk.snapshot import Pages
@@ -506,6 +506,7 @@ class TableAgainstDocuments(RuleBasedStateMachine):
         self.late_heard: dict[str, Event] = {}
         self.mirrors = {pool: Mirror() for pool in POOLS}
         self.unpublished: dict[str, list[Event]] = {pool: [] for pool in POOLS}
+        self.snapshots: dict[tuple[str, Version], object] = {}
         for pool in POOLS:
             self.take_snapshot(pool, 1 << 20)
 
@@ -653,12 +654,16 @@ class TableAgainstDocuments(RuleBasedStateMachine):
 
     @rule(pool=_POOL, payload=st.sampled_from([300, 1 << 20]))
     def take_snapshot(self, pool: str, payload: int) -> None:
-        """A demux takes one, in one page or many; what happened before may still be published later."""
+        """A demux takes one, in one page or many; what happened before may still be published later. It is
+        the same one for all who ask at the same version."""
         pages = Pages()
-        for page in snapshot_pages(self.table.pools[pool], Definition(name=pool), payload):
+        for page in PoolPages(self.table.pools[pool], Definition(name=pool), payload):
             whole = pages.add(Stamp("agent", 1, "h"), page)
         assert whole is not None
         assert whole.marked == self.table.pools[pool].marked
+        owned = {n: key for key, numbers in whole.chunks for n in numbers}
+        said = set(whole.owners), owned, whole.marked
+        assert self.snapshots.setdefault((pool, whole.version), said) == said
         assert self.mirrors[pool].load(whole)
 
     @rule(pool=_POOL, most=st.sampled_from([1, 2, 1000]))

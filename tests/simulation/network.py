@@ -375,6 +375,9 @@ class AgentBus:
         self.speaks(subject)
         self.connection.send(subject, data, headers, reply)
 
+    async def carried(self) -> None:
+        await self.flush()
+
     async def flush(self) -> None:
         before = self.connection.epoch
         try:
