@@ -1,0 +1,99 @@
+"""Snapshots on real servers: large ones while events flow, and many askers at once."""
+
+import asyncio
+import logging
+import os
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from drsm_agent.core import writes
+from drsm_agent.core.documents import Owner
+from drsm_agent.embedded import Scratch, start_nats_server
+from drsm_sdk import Demux, Drsm, Pod
+from drsm_sdk.wire import messages as m
+from tests.acceptance.test_original_list import pod_process
+from tests.fault.world import start_cluster
+from tests.harness import POOL, Domain, eventually, mongo_client, mongo_table, requester, within
+from tests.integration.test_start import agent_process
+
+log = logging.getLogger("tests")
+DEMUXES = int(os.environ.get("DEMUXES", "100"))
+"""That are cut off at once; `docs/performance.md` has what 500 take."""
+CHUNKS = 5000
+OWNERS = 200
+
+
+async def test_a_snapshot_is_of_one_version_while_all_chunks_change_their_owner(domain: Domain) -> None:
+    """On the smallest server that is taken, so in many pages, with events between any two of them. Each chunk
+    is on each snapshot once, and a demux that begins in between ends with MongoDB's table."""
+    names = [".".join([f"amf-{i:059d}", "x" * 63, "y" * 63, "z" * 61]) for i in range(OWNERS)]
+    owners = [Owner(name, "10.0.0.1", "nf", 1 + i) for i, name in enumerate(names)]
+    inserts = [writes.allocate(POOL, n, owners[n % OWNERS], f"{n:016x}", "") for n in range(CHUNKS)]
+    async with Scratch() as scratch, mongo_client(domain) as client, AsyncExitStack() as entered:
+        await client[domain.database][POOL].insert_many([insert.document for insert in inserts])
+        server = await start_nats_server(scratch, config="max_payload: 131072")
+        small = Domain(domain.mongo_url, server.url, domain.database, domain.prefix)
+        asking = await entered.enter_async_context(requester(server.url, domain.prefix))
+        await entered.enter_async_context(agent_process(small))
+        pod = Drsm.connect(server.url, Pod("amf-1", "", ""), prefix=domain.prefix, timeout=20)
+        await entered.enter_async_context(pod)
+        await pod.join(POOL, timeout=20)
+        demuxes: list[Demux] = []
+        versions: set[m.Version] = set()
+        while sum(len(event.chunks) for event in asking.of(m.ChunkClaimed)) < CHUNKS:
+            if len(demuxes) < 3:
+                demux = Demux.connect(server.url, POOL, prefix=domain.prefix, timeout=20)
+                demuxes.append(await entered.enter_async_context(demux))
+            pages = await asking.snapshot()
+            assert len(pages) > 2
+            assert {page.version for page in pages} == {pages[0].version}
+            assert sorted(n for page in pages for _, ns in page.chunks for n in ns)[:CHUNKS] == [
+                *range(CHUNKS)
+            ]
+            versions.add(pages[0].version)
+        assert len(versions) > 2
+        table = await mongo_table(domain)
+        await eventually(lambda: all(_routed(demux) == table and demux.synced for demux in demuxes))
+
+
+async def test_demuxes_that_lost_their_server_all_at_once_do_not_keep_the_agent_from_its_pods(
+    domain: Domain, tmp_path: Path
+) -> None:
+    """They missed an event, so each takes a snapshot, within a second or two. No pod is declared dead."""
+    gone = Owner("gone", "10.0.0.1", "nf", 1)
+    inserts = [writes.allocate(POOL, n, gone, f"{n:016x}", "") for n in range(1000)]
+    async with Scratch() as scratch, mongo_client(domain) as client, AsyncExitStack() as entered:
+        await client[domain.database][POOL].insert_many([insert.document for insert in inserts])
+        ours, theirs = await start_cluster(scratch, 2)
+        near = Domain(domain.mongo_url, ours.url, domain.database, domain.prefix)
+        asking = await entered.enter_async_context(requester(ours.url, domain.prefix))
+        await entered.enter_async_context(agent_process(near))
+        pods = [f"amf-{i}" for i in range(3)]
+        for name in pods:
+            await entered.enter_async_context(pod_process(near, name, tmp_path))
+        await asking.seen(lambda: sum(len(event.chunks) for event in asking.of(m.ChunkClaimed)) == 1000)
+        demuxes = [Demux.connect(theirs.url, POOL, prefix=domain.prefix, timeout=60) for _ in range(DEMUXES)]
+        began = time.monotonic()
+        await asyncio.gather(*[entered.enter_async_context(demux) for demux in demuxes])
+        log.info("%d demuxes entered within %.2f s", DEMUXES, time.monotonic() - began)
+        await theirs.kill()
+        late = (await asking.open("late")).incarnation
+        missed = (await asking.acquire("late", late)).chunks[0][0]
+        assert {demux.chunks().get(missed) for demux in demuxes} == {None}
+        await theirs.start()
+        began = time.monotonic()
+        await within(_all_know(demuxes, missed), 60)
+        log.info("all had the missed event %.2f s after their server was back", time.monotonic() - began)
+        sync = len(asking.of(m.Sync))
+        await asking.seen(lambda: len(asking.of(m.Sync)) > sync)
+        assert {event.pod.name for event in asking.of(m.PodDown)} <= {"late"}
+
+
+async def _all_know(demuxes: list[Demux], missed: int) -> None:
+    while not all(demux.synced and missed in demux.chunks() for demux in demuxes):
+        await asyncio.sleep(0.05)
+
+
+def _routed(demux: Demux) -> dict[int, tuple[str, int]]:
+    return {n: owner.key for n, owner in demux.chunks().items()}
