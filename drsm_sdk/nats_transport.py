@@ -1,6 +1,7 @@
 """The transport on NATS: the only file that imports nats-py, and the place for what must be known of it.
 
-- nats-py buffers what is published while disconnected and replays it, however old: buffering is off.
+- nats-py buffers what is published while disconnected and replays it, however old: buffering is off, and what
+  a lost connection has not sent is thrown away.
 - It notices a half-open connection only by pings, every 120 s by default: here every 2 s.
 - Some errors of the server (expired credentials, too many connections) close it for good, whatever the
   settings: a supervising task builds a new client then, and when one has been down for long.
@@ -42,7 +43,19 @@ OPTIONS = frozenset(inspect.signature(Client.connect).parameters) - {"self", "se
 
 class _Client(Client):
     """Goes on reading after a message whose subject, reply subject or headers cannot be read: anybody can
-    send one, and nats-py's read loop would end by it, without a word."""
+    send one, and nats-py's read loop would end by it, without a word. And sends nothing of a lost connection
+    on the next one."""
+
+    def abandon(self) -> None:
+        """Let go of the connection and of all that it has not sent. In good order it would be closed only
+        once the peer took everything, which one that hangs never does."""
+        if writer := getattr(self._transport, "_io_writer", None):
+            writer.transport.abort()
+        self._pending, self._pending_data_size = [], 0
+
+    async def _attempt_reconnect(self) -> None:
+        self.abandon()
+        await super()._attempt_reconnect()
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         try:
@@ -240,6 +253,7 @@ class NatsTransport:
                 "error_cb": self._on_error,
                 "disconnected_cb": self._on_disconnected,
                 "reconnected_cb": self._on_reconnected,
+                "lame_duck_mode_cb": self._on_lame_duck,
                 "closed_cb": self._on_closed,
                 "reconnect_to_server_handler": self._next_server,
                 **self.options,
@@ -290,6 +304,17 @@ class NatsTransport:
         if not self._tasks.stopped:
             log.warning("disconnected from NATS (%s)", self._last_error)
         self._changed.set()
+
+    async def _on_lame_duck(self) -> None:
+        """The server is about to end. The only one there is stays: it takes no new connections any more."""
+        if (client := self._client) is None:
+            return
+        elsewhere = len(client.servers) > 1
+        log.warning(
+            "the NATS server is ending: %s", "moving to another" if elsewhere else "waiting for its end"
+        )
+        if elsewhere:
+            await client.force_reconnect()
 
     async def _on_reconnected(self) -> None:
         if self._client is not None:

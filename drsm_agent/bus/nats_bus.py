@@ -1,8 +1,8 @@
 """The agent's connection to NATS: a `ports.Bus` on nats-py.
 
 What nats-py does by itself and must not do here: it buffers while disconnected and replays minutes
-later (so publishing is refused while there is no connection), and an `-ERR` of the server can close it
-for good (so `broken` tells, and the process ends).
+later (so publishing is refused while there is no connection, and what a lost one has not sent is thrown
+away), and an `-ERR` of the server can close it for good (so `broken` tells, and the process ends).
 
 Its own `flush()` is not used: it returns at once while it reconnects, and one that timed out kills the
 read loop when its late PONG comes, after which every further one succeeds without a round trip. A
@@ -47,7 +47,18 @@ log = structlog.get_logger("drsm_agent.bus")
 
 
 class _Client(Client):
-    """Goes on reading after a message that cannot be read."""
+    """Goes on reading after a message that cannot be read, and sends nothing of a lost connection later."""
+
+    def abandon(self) -> None:
+        """Let go of the connection and of all that it has not sent. In good order it would be closed only
+        once the peer took everything, which one that hangs never does."""
+        if writer := getattr(self._transport, "_io_writer", None):
+            writer.transport.abort()
+        self._pending, self._pending_data_size = [], 0
+
+    async def _attempt_reconnect(self) -> None:
+        self.abandon()
+        await super()._attempt_reconnect()
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         try:
@@ -72,7 +83,7 @@ class NatsSubscription:
 class NatsBus:
     """One connection. Events go out on it in order; `reconnects` counts how often it was made anew."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: _Client) -> None:
         self._client = client
         self.reconnects = 0
         self.errors = 0
@@ -127,6 +138,7 @@ class NatsBus:
             closed_cb=self._on_closed,
             reconnected_cb=self._on_reconnected,
             disconnected_cb=self._on_disconnected,
+            lame_duck_mode_cb=self._on_lame_duck,
             **options,
         )
         self._inbox = self._client.new_inbox()
@@ -231,6 +243,7 @@ class NatsBus:
                 await self.flush()
             except BusUnavailable as error:
                 log.warning("closed_unflushed", error=str(error))
+                self._client.abandon()
         await self._client.close()
 
     def _require_connection(self) -> None:
@@ -266,6 +279,15 @@ class NatsBus:
     async def _on_disconnected(self) -> None:
         if not self._closing:
             log.warning("nats_disconnected")
+
+    async def _on_lame_duck(self) -> None:
+        """The server is about to end. The only one there is stays: it takes no new connections any more."""
+        elsewhere = len(self._client.servers) > 1
+        log.warning(
+            "nats_lame_duck", action="moving to another server" if elsewhere else "waiting for its end"
+        )
+        if elsewhere:
+            await self._client.force_reconnect()
 
     async def _on_reconnected(self) -> None:
         self.reconnects += 1

@@ -46,7 +46,7 @@ async def test_a_snapshot_is_of_one_version_while_all_chunks_change_their_owner(
                 demux = Demux.connect(server.url, POOL, prefix=domain.prefix, timeout=20)
                 demuxes.append(await entered.enter_async_context(demux))
             pages = await asking.snapshot()
-            assert len(pages) > 2
+            assert len(pages) >= 2
             assert {page.version for page in pages} == {pages[0].version}
             assert sorted(n for page in pages for _, ns in page.chunks for n in ns)[:CHUNKS] == [
                 *range(CHUNKS)

@@ -1,0 +1,180 @@
+"""What NATS servers do to those connected to them, and how agent and SDK come out of it."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from drsm_agent.bus.nats_bus import NatsBus
+from drsm_agent.embedded import NatsServer, Scratch, start_nats_server
+from drsm_agent.embedded.server import free_port
+from drsm_agent.errors import BusUnavailable
+from drsm_agent.ports import Incoming
+from drsm_sdk.nats_transport import NatsTransport
+from drsm_sdk.transport import TransportError
+from tests.harness import eventually, within
+
+PIECE = bytes(64 * 1024)
+PIECES = 400
+"""25 MB: more than the buffers of two sockets take."""
+NOTICED_SECONDS = 12.0
+"""Two unanswered pings, 2 s apart, and time to come back. (nats-py's own setting takes six minutes.)"""
+
+
+class Line:
+    """A connection of the agent or of the SDK, and what it hears on `x`."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+        self.heard: list[bytes] = []
+
+    @classmethod
+    async def of_agent(cls, urls: list[str], **options: Any) -> "Line":
+        line = cls(await NatsBus.connect(",".join(urls), name="agent", timeout=5, **options))
+        await line.connection.subscribe("x", line._note)
+        return line
+
+    @classmethod
+    async def of_sdk(cls, urls: list[str], **options: Any) -> "Line":
+        line = cls(NatsTransport(urls, options=options))
+        await line.connection.connect(5.0)
+        await line.connection.subscribe("x", lambda message: line.heard.append(message.data))
+        return line
+
+    @property
+    def port(self) -> int:
+        """Of the server that it is connected to; 0 if to none."""
+        url = self.connection._client.connected_url if self.connection.connected else None
+        return int(url.port) if url else 0
+
+    async def say(self, data: bytes) -> bool:
+        """Whether the connection took it."""
+        try:
+            await self.connection.publish("x", data)
+        except (BusUnavailable, TransportError):
+            return False
+        return True
+
+    async def stuff(self) -> None:
+        """More than a server that stands still can take."""
+        for _ in range(PIECES):
+            assert await self.say(PIECE)
+            await asyncio.sleep(0)
+
+    async def _note(self, incoming: Incoming) -> None:
+        self.heard.append(incoming.data)
+
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture(params=[Line.of_agent, Line.of_sdk], ids=["agent", "sdk"])
+async def make(request: pytest.FixtureRequest) -> AsyncIterator[Make]:
+    lines: list[Line] = []
+
+    async def make(urls: list[str], **options: Any) -> Line:
+        lines.append(await request.param(urls, **options))
+        return lines[-1]
+
+    yield make
+    for line in lines:
+        await within(line.connection.close())
+
+
+@pytest.fixture
+async def scratch() -> AsyncIterator[Scratch]:
+    async with Scratch() as scratch:
+        yield scratch
+
+
+async def two_servers(scratch: Scratch, config: str = "") -> dict[int, NatsServer]:
+    """A cluster of two, by port."""
+    ports = [free_port(), free_port()]
+    routes = ", ".join(f'"nats://127.0.0.1:{port}"' for port in ports)
+    named = "server_name: n{0}\ncluster {{ name: c, listen: 127.0.0.1:{0}, routes: [{1}] }}\n{2}"
+    servers = [await start_nats_server(scratch, config=named.format(port, routes, config)) for port in ports]
+    return {server.port: server for server in servers}
+
+
+async def test_what_a_hung_server_did_not_take_is_not_sent_to_the_next_one(
+    make: Make, scratch: Scratch
+) -> None:
+    """nats-py keeps it, and sends it after it has connected again, however much later."""
+    server = await start_nats_server(scratch)
+    line = await make([server.url])
+    server.pause()
+    await line.stuff()
+    await within(_gone(line), NOTICED_SECONDS)
+    await server.kill()
+    await server.start()
+    await eventually(lambda: line.connection.connected)
+    await eventually_said(line, b"fresh")
+    assert set(line.heard) == {b"fresh"}
+
+
+async def test_a_hung_server_is_left_for_another_whatever_it_did_not_take(
+    make: Make, scratch: Scratch
+) -> None:
+    """A transport that is closed in good order would first wait until the peer has taken everything."""
+    servers = await two_servers(scratch)
+    line = await make([server.url for server in servers.values()])
+    hung = servers[line.port]
+    hung.pause()
+    await line.stuff()
+    await within(_moved(line, hung.port), NOTICED_SECONDS)
+    await eventually_said(line, b"fresh")
+    assert set(line.heard) == {b"fresh"}
+
+
+async def test_closing_does_not_wait_for_a_hung_server_to_take_everything(
+    make: Make, scratch: Scratch
+) -> None:
+    server = await start_nats_server(scratch)
+    line = await make([server.url])
+    server.pause()
+    await line.stuff()
+    await within(line.connection.close(), 6.0)
+
+
+async def test_a_server_in_lame_duck_mode_is_left_at_once(make: Make, scratch: Scratch) -> None:
+    """It says that it will end, half a minute before it hangs up."""
+    servers = await two_servers(scratch, 'lame_duck_grace_period: "30s"\nlame_duck_duration: "60s"\n')
+    line = await make([server.url for server in servers.values()])
+    lame = servers[line.port]
+    lame._signal(signal.SIGUSR2)
+    await within(_moved(line, lame.port), 5.0)
+    await eventually_said(line, b"fresh")
+
+
+async def test_a_server_that_is_the_only_one_is_not_left_before_it_ends(make: Make, scratch: Scratch) -> None:
+    """It takes no new connections any more, so whoever left it would be without one for all that time."""
+    server = await start_nats_server(
+        scratch, config='lame_duck_grace_period: "2s"\nlame_duck_duration: "30s"\n'
+    )
+    line = await make([server.url])
+    server._signal(signal.SIGUSR2)
+    await eventually(lambda: "Entering lame duck mode" in server.log_tail())
+    for _ in range(10):
+        assert await line.say(b"fresh")
+        await asyncio.sleep(0.1)
+    assert len(line.heard) >= 9
+
+
+async def _gone(line: Line) -> None:
+    while line.connection.connected:
+        await asyncio.sleep(0.01)
+
+
+async def _moved(line: Line, port: int) -> None:
+    while line.port in {0, port}:
+        await asyncio.sleep(0.01)
+
+
+async def eventually_said(line: Line, data: bytes) -> None:
+    """It is heard, though subscriptions may be on their way still."""
+    async with asyncio.timeout(10):
+        while data not in line.heard:
+            await line.say(data)
+            await asyncio.sleep(0.02)
