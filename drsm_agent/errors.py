@@ -35,6 +35,10 @@ class BusUnavailable(AgentError):
     """NATS is not connected, or was not all the while since a message was handed to it."""
 
 
+class Forbidden(BusUnavailable):
+    """NATS does not let this agent subscribe; trying again does not help before its permissions change."""
+
+
 class TooLarge(AgentError):
     """A message is larger than the server takes, headers included."""
 

@@ -26,12 +26,20 @@ from drsm_agent.core.session import LivenessLeases, full_leases
 from drsm_agent.core.settings import former_liveness
 from drsm_agent.core.table import Table
 from drsm_agent.endpoints import Endpoints
-from drsm_agent.errors import BusUnavailable, LeadLost, PositionLost, StoreUnavailable, Unheard, leaf
+from drsm_agent.errors import (
+    BusUnavailable,
+    Forbidden,
+    LeadLost,
+    PositionLost,
+    StoreUnavailable,
+    Unheard,
+    leaf,
+)
 from drsm_agent.feed import Entry, Feed, Position, State
 from drsm_agent.lead import Lead
 from drsm_agent.metrics import Metrics
 from drsm_agent.mirrors import Mirrors
-from drsm_agent.ports import Bus, Chance, Clock, Store, WallClock
+from drsm_agent.ports import Bus, Chance, Clock, Store, Subscription, WallClock
 from drsm_agent.probe import Probe
 from drsm_agent.reaper import Reaper
 from drsm_agent.reign import Grants, Hearing, Reign
@@ -270,12 +278,10 @@ class Leader:
         )
         # Until it serves, clients shall hear "no responders" at once, so only the probe is subscribed to.
         async with AsyncExitStack() as subscriptions:
-            probed = await _retrying(lambda: parts.bus.subscribe(parts.subjects.probe, endpoints.receive))
+            probed = await self._subscribed(parts.subjects.probe, endpoints)
             subscriptions.push_async_callback(probed.stop)
             await self._answer_and_judge(lead, state, restored, relay, endpoints=endpoints, tasks=tasks)
-            serving = await _retrying(
-                lambda: parts.bus.subscribe(parts.subjects.all_requests, endpoints.receive)
-            )
+            serving = await self._subscribed(parts.subjects.all_requests, endpoints)
             subscriptions.push_async_callback(serving.stop)
             await probed.stop()
             self.leading.set()
@@ -285,6 +291,13 @@ class Leader:
                 await asyncio.Event().wait()
             finally:
                 parts.feed.on_change = None
+
+    async def _subscribed(self, subject: str, endpoints: Endpoints) -> Subscription:
+        """Raises Unheard where NATS does not allow it: another agent may have the permission."""
+        try:
+            return await _retrying(lambda: self._parts.bus.subscribe(subject, endpoints.receive))
+        except Forbidden as error:
+            raise Unheard(str(error)) from error
 
     async def _answer_and_judge(
         self,
@@ -447,6 +460,8 @@ async def _retrying(attempt: Callable[[], Awaitable[T]]) -> T:
     while True:
         try:
             return await attempt()
+        except Forbidden:
+            raise
         except (StoreUnavailable, BusUnavailable) as error:
             log.warning("trying_again", error=str(error))
             await asyncio.sleep(RETRY_DELAY)

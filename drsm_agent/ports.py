@@ -119,7 +119,8 @@ class Bus(Protocol):
 
     @property
     def forbidden(self) -> str:
-        """What the server said when it refused an event for want of a permission; empty if it did not."""
+        """What the server said when it refused an event, or a subscription, for want of a permission; empty
+        if it did not."""
 
     @property
     def max_payload(self) -> int:
@@ -127,7 +128,7 @@ class Bus(Protocol):
 
     async def subscribe(self, subject: str, handler: Handler) -> Subscription:
         """Call `handler` for each message, one after another: it must not wait. Once this returns, the
-        server knows of it. Raises BusUnavailable."""
+        server knows of it. Raises BusUnavailable, Forbidden."""
 
     async def publish(
         self, subject: str, data: bytes, headers: Mapping[str, str] | None = None, reply: str = ""

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -35,9 +36,12 @@ CONNECT_TIMEOUT = 2
 RECONNECT_FIRST, RECONNECT_MOST = 0.05, 2.0
 REBUILD_AFTER = 30.0  # seconds down, after which the client itself is not trusted any more
 CLOSE_TIMEOUT = 2.0
+REFUSED_RETRY = 10.0  # seconds between two tries of a subscription that the server does not allow
+FORBIDDEN_MAX = 100  # subjects that it does not allow, remembered for who waits there in vain
 HEADERS_MAX = 1024  # what a message's headers may add to its size
 NO_RESPONDERS = "503"
 SCHEMES = ("", "nats", "tls", "ws", "wss")
+_REFUSAL = re.compile('permissions violation for (publish|subscription) to "([^"]*)"', re.IGNORECASE)
 OPTIONS = frozenset(inspect.signature(Client.connect).parameters) - {"self", "servers"}
 
 
@@ -87,11 +91,14 @@ class _Subscription:
     client: Client | None = None
     placed: NatsSubscription | None = None
     stopped: bool = False
+    refused: bool = False
 
     async def place(self, client: Client) -> None:
-        if self.stopped or self.client is client:
+        if self.stopped or (self.client is client and not self.refused):
             return
-        self.client = client
+        if self.client is client and self.placed is not None:  # or a reconnect would bring it back, twice
+            await self.placed.unsubscribe()
+        self.client, self.refused = client, False
         self.placed = await client.subscribe(self.subject, cb=self._deliver)
 
     async def stop(self) -> None:
@@ -130,6 +137,7 @@ class NatsTransport:
     _callbacks: list[Callable[[], None]] = field(default_factory=list)
     _tasks: Tasks = field(default_factory=lambda: Tasks(lambda: None))
     _said: dict[str, None] = field(default_factory=dict)
+    _forbidden: dict[str, str] = field(default_factory=dict)
     _last_error: str = "no server answered"
 
     def __post_init__(self) -> None:
@@ -184,7 +192,8 @@ class NatsTransport:
         except errors.NoRespondersError:
             raise NoResponders("no agent leads just now (no responders)") from None
         except (errors.TimeoutError, TimeoutError):
-            raise NoAnswer(f"no answer within {timeout:.1f} s") from None
+            forbidden = self._forbidden.pop(subject.lower(), "")
+            raise NoAnswer(f"no answer within {timeout:.1f} s{forbidden and f': {forbidden}'}") from None
         except (errors.Error, OSError) as error:
             raise NotConnected(f"the request could not be sent: {_text(error)}") from None
 
@@ -270,13 +279,17 @@ class NatsTransport:
     async def _until_useless(self, client: Client) -> None:
         """Return when the client has closed, or has been down for so long that a new one is better."""
         while not client.is_closed:
-            limit = None if client.is_connected else REBUILD_AFTER
+            limit: float | None = REBUILD_AFTER
+            if client.is_connected:
+                limit = REFUSED_RETRY if any(kept.refused for kept in self._subscriptions) else None
             self._changed.clear()
             try:
                 async with asyncio.timeout(limit):
                     await self._changed.wait()
             except TimeoutError:
-                return
+                if not client.is_connected:
+                    return
+                await self._place(client)
 
     def _connected(self) -> None:
         self._epoch += 1
@@ -299,6 +312,15 @@ class NatsTransport:
 
     async def _on_error(self, error: Exception) -> None:
         self._note(error)
+        if not (refusal := _REFUSAL.search(_text(error))):
+            return
+        what, subject = refusal[1].lower(), refusal[2].lower()
+        if what == "publish" and len(self._forbidden) < FORBIDDEN_MAX:
+            self._forbidden[subject] = _text(error)
+        for kept in self._subscriptions:
+            if what == "subscription" and kept.subject.lower() == subject:
+                kept.refused = True
+                self._changed.set()
 
     async def _on_disconnected(self) -> None:
         if not self._tasks.stopped:

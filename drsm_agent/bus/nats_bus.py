@@ -26,7 +26,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from drsm_agent import cancellation
-from drsm_agent.errors import BusUnavailable, Misconfigured, TooLarge
+from drsm_agent.errors import BusUnavailable, Forbidden, Misconfigured, TooLarge
 from drsm_agent.ports import Handler, Incoming
 from drsm_sdk.wire.messages import SUMMARY_HEADER
 
@@ -36,6 +36,7 @@ PINGS_UNANSWERED_MAX = 2
 CONNECT_TIMEOUT = 2
 RECONNECT_WAIT_MAX = 2.0
 FLUSH_TIMEOUT = 2
+NO_RESPONDERS = "503"
 PAYLOAD_MIN = 128 * 1024
 """What the server must take in one message: an event of 1000 claimed chunks with their grants is 40 KiB."""
 PENDING_REQUESTS_MAX = 65_536
@@ -89,8 +90,10 @@ class NatsBus:
         self.errors = 0
         self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._refused = ""
-        self.forbidden = ""
+        self._forbidden = ""
         """The server's words when it refused an event for want of a permission, until a flush succeeds."""
+        self._denied: dict[str, str] = {}
+        """By subject, its words when it refused a subscription, until it takes it."""
         self._said: set[str] = set()
         self._events: set[str] = set()
         self._inbox = ""
@@ -149,6 +152,10 @@ class NatsBus:
         return bool(self._client.is_connected)
 
     @property
+    def forbidden(self) -> str:
+        return self._forbidden or next(iter(self._denied.values()), "")
+
+    @property
     def max_payload(self) -> int:
         return int(self._client.max_payload)
 
@@ -160,6 +167,7 @@ class NatsBus:
         async def deliver(message: Msg) -> None:
             await handler(Incoming(message.subject, message.data, message.reply))
 
+        self._denied.pop(subject.lower(), None)
         try:
             subscription = NatsSubscription(
                 await self._client.subscribe(
@@ -173,7 +181,9 @@ class NatsBus:
             raise BusUnavailable(f"cannot subscribe to {subject}: {error}") from error
         try:
             cancellation.heed()
-            await self.flush()
+            await self.flush()  # the server says no before it sends the echo
+            if denied := self._denied.get(subject.lower()):
+                raise Forbidden(f"{denied}; give the agent's NATS user the permission")
         except BaseException:
             await subscription.stop()
             raise
@@ -213,7 +223,7 @@ class NatsBus:
         if refused := self._refused:
             self._refused = ""
             raise BusUnavailable(f"{refused}; give the agent's NATS user the permission")
-        self.forbidden = ""
+        self._forbidden = ""
 
     async def request(self, subject: str, data: bytes, timeout: float) -> bytes:
         with self._expecting() as (inbox, answer):
@@ -262,7 +272,11 @@ class NatsBus:
 
     async def _on_answer(self, message: Msg) -> None:
         answer = self._answers.get(message.subject)
-        if answer and not answer.done():
+        if not answer or answer.done():
+            return
+        if (message.headers or {}).get("Status") == NO_RESPONDERS:
+            answer.set_exception(BusUnavailable("the server knows of nobody who listens there"))
+        else:
             answer.set_result(message.data)
 
     async def _on_error(self, error: Exception) -> None:
@@ -274,7 +288,9 @@ class NatsBus:
         self._said.add(kind)
         # The server says so before it sends the echo of a flush. (Of replies it is the asker's fault.)
         if "permissions violation for publish" in kind.lower() and subject.lower() in self._events:
-            self._refused = self.forbidden = said
+            self._refused = self._forbidden = said
+        if "permissions violation for subscription" in kind.lower():
+            self._denied[subject.lower()] = said
 
     async def _on_disconnected(self) -> None:
         if not self._closing:
