@@ -1,17 +1,25 @@
 """What a NATS server does not allow: permissions, credentials that end, connections and readers too many."""
 
+import asyncio
 import logging
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+from nats.aio.client import Client
 
 from drsm_agent.embedded import NatsServer, Scratch, start_nats_server
 from drsm_agent.service import running
 from drsm_sdk import AgentUnavailable, Demux, Drsm, Pod, nats_transport
+from drsm_sdk.nats_transport import NatsTransport
+from drsm_sdk.transport import NotConnected
 from tests.harness import POOL, Domain, Requester, eventually, renewing, requester, within
+from tests.integration.test_start import EXIT_FAULT, agent_process
+from tests.nats_credentials import Operator
+from tests.proxy import proxy
 
 USERS = """
 authorization { users = [
@@ -117,3 +125,117 @@ async def test_a_demux_that_may_not_hear_events_says_so_and_hears_them_once_it_m
             await eventually(lambda: demux.synced and set(demux.chunks()) == {0, 1})
             await asking.acquire("amf-1", pod, 1, "c")
             await eventually(lambda: set(demux.chunks()) == {0, 1, 2})
+
+
+# --- Closed for good: nats-py gives up on these, whatever it was told about reconnecting --------------------
+
+
+async def test_an_agent_whose_credentials_end_ends_with_a_fault_that_says_so(
+    domain: Domain, tmp_path: Path
+) -> None:
+    """A new process begins with new ones, as Kubernetes mounts them."""
+    operator, credentials = Operator(), tmp_path / "agent.creds"
+    async with Scratch() as scratch:
+        server = await start_nats_server(scratch, config=operator.server_config())
+        operator.write_user(credentials, 6)
+        guarded_by_it = Domain(domain.mongo_url, server.url, domain.database, domain.prefix)
+        async with agent_process(guarded_by_it, DRSM_NATS_CREDENTIALS=str(credentials)) as process:
+            _, errors = await within(process.communicate())
+        assert process.returncode == EXIT_FAULT, errors.decode()
+        assert "serving" in errors.decode()
+        said = errors.decode().splitlines()[-1].lower()
+        assert said.startswith("drsm-agent: nats closed the connection for good")
+        assert "expired" in said
+
+
+async def test_pods_and_demuxes_go_on_while_their_credentials_are_replaced(
+    domain: Domain, tmp_path: Path
+) -> None:
+    """The connection ends with the old ones; the next one is made with what the file has then."""
+    operator, credentials = Operator(), tmp_path / "pod.creds"
+    options: Any = {"user_credentials": str(credentials)}
+    async with Scratch() as scratch:
+        server = await start_nats_server(scratch, config=operator.server_config())
+        near = Domain(domain.mongo_url, server.url, domain.database, domain.prefix)
+        operator.write_user(tmp_path / "agent.creds", 600)
+        operator.write_user(credentials, 5)
+        async with (
+            near.agent(nats_credentials=tmp_path / "agent.creds"),
+            Drsm.connect(server.url, Pod("amf-1", "", ""), prefix=domain.prefix, **options) as drsm,
+            Demux.connect(server.url, POOL, prefix=domain.prefix, **options) as demux,
+        ):
+            pool, incarnation = await drsm.join(POOL), drsm.incarnation
+            lines = [drsm._transport, demux._transport]
+            operator.write_user(credentials, 1)
+            await asyncio.sleep(2)  # nobody says that a file is too old now
+            await eventually(lambda: not any(line.connected for line in lines))
+            id_ = pool.allocate_nowait()
+            assert (owner := demux.owner(id_)) is not None
+            assert owner.name == "amf-1"
+            operator.write_user(credentials, 600)
+            await eventually(lambda: all(line.epoch > 1 for line in lines))
+            await eventually(lambda: drsm.state == "live" and demux.synced)
+            assert (drsm.incarnation, pool.valid(id_)) == (incarnation, True)
+
+
+async def test_who_finds_a_server_full_is_connected_when_there_is_room() -> None:
+    """(nats-py does not read what the server says before it hangs up.)"""
+    async with Scratch() as scratch:
+        server = await start_nats_server(scratch, config="max_connections: 1")
+        occupant, transport = NatsTransport(server.url), NatsTransport(server.url)
+        await occupant.connect(5.0)
+        with pytest.raises(NotConnected):
+            await transport.connect(1.0)
+        await occupant.close()
+        await eventually(lambda: transport.connected)
+        await transport.close()
+
+
+# --- Too slow -----------------------------------------------------------------------------------------------
+
+
+async def test_a_demux_that_the_server_cut_off_for_being_slow_heals(domain: Domain) -> None:
+    """It stands still while more is said than the server keeps for it."""
+    async with Scratch() as scratch, AsyncExitStack() as entered:
+        server = await start_nats_server(
+            scratch, config='max_payload: 131072\nmax_pending: 262144\nwrite_deadline: "500ms"'
+        )
+        near = Domain(domain.mongo_url, server.url, domain.database, domain.prefix)
+        asking = await entered.enter_async_context(near.served())
+        slow = await entered.enter_async_context(proxy(server.url))
+        pod = (await asking.open("amf-1")).incarnation
+        await entered.enter_async_context(renewing(asking, ("amf-1", pod)))
+        connected = Demux.connect(slow.url, POOL, prefix=domain.prefix)
+        demux = await entered.enter_async_context(connected)
+        slow.silence()
+        junk = asking.subjects.event(POOL, "junk")
+        while "Slow Consumer Detected" not in server.log_since(0):
+            await asking.client.publish(junk, bytes(64 * 1024))
+            await asking.client.flush()
+        await asking.acquire("amf-1", pod)
+        slow.carry_on()
+        await eventually(lambda: demux.synced and set(demux.chunks()) == {0})
+        assert demux._transport.epoch > 1
+
+
+async def test_a_demux_that_is_slower_than_its_own_queue_heals(
+    domain: Domain, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nats-py drops the newest of what waits; the events among it are a gap like any other."""
+    monkeypatch.setattr(Client.subscribe, "__defaults__", ("", None, None, 0, 10, 128 * 1024 * 1024))
+    async with (
+        domain.served() as asking,
+        Demux.connect(domain.nats_url, POOL, prefix=domain.prefix) as demux,
+    ):
+        pod = (await asking.open("amf-1")).incarnation
+        await asking.acquire("amf-1", pod)
+        head, junk = asking.events[-1][0], asking.subjects.event(POOL, "junk")
+        await eventually(lambda: set(demux.chunks()) == {0})
+        heard = demux._transport.epoch
+        with caplog.at_level(logging.WARNING, "drsm_sdk"):
+            for _ in range(500):
+                await asking.client.publish(junk, b"\x80")
+            await asking.acquire("amf-1", pod, 1, "dropped")
+            await eventually(lambda: demux.synced and set(demux.chunks()) == {0, 1})
+        assert any("slow consumer" in record.getMessage().lower() for record in caplog.records)
+        assert (demux._transport.epoch, head.pool) == (heard, POOL)
