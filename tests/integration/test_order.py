@@ -1,0 +1,119 @@
+"""The parts started and stopped in every order: nobody hangs, nobody complains, all find each other."""
+
+import asyncio
+import gc
+import signal
+import warnings
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from drsm_agent.demo.process import PodProcess
+from drsm_agent.embedded import NatsServer, Scratch
+from drsm_agent.embedded.binaries import find_nats_server
+from drsm_agent.embedded.server import free_port
+from drsm_sdk import AgentUnavailable, Demux, Drsm, Pod
+from tests.harness import POOL, Domain, eventually, within
+from tests.integration.test_start import EXIT_OK, agent_process
+
+LEAVING_SECONDS = 8.0
+"""The SDK gives its goodbye 2 s, and its connection as long."""
+
+
+@pytest.fixture
+async def nats() -> AsyncIterator[NatsServer]:
+    """A server that does not run yet, on a port that is its own."""
+    async with Scratch() as scratch:
+        yield NatsServer(scratch, find_nats_server(), port=free_port())
+
+
+@pytest.fixture
+def near(domain: Domain, nats: NatsServer) -> Domain:
+    return Domain(domain.mongo_url, nats.url, domain.database, domain.prefix)
+
+
+def pod_of(near: Domain, timeout: float = 20.0) -> Drsm:
+    return Drsm.connect(near.nats_url, Pod("amf-1", "", ""), prefix=near.prefix, timeout=timeout)
+
+
+def demux_of(near: Domain) -> Demux:
+    return Demux.connect(near.nats_url, POOL, prefix=near.prefix, timeout=20)
+
+
+async def test_pods_and_demuxes_that_start_first_wait_for_nats_and_then_for_an_agent(
+    nats: NatsServer, near: Domain
+) -> None:
+    """Each part comes when the one before it waits already; entering may take as long as its `timeout`."""
+    async with AsyncExitStack() as entered:
+        pod, demux = pod_of(near), demux_of(near)
+        entering = [asyncio.create_task(entered.enter_async_context(part)) for part in (pod, demux)]
+        agent = await entered.enter_async_context(agent_process(near))
+        await asyncio.sleep(0.5)  # nothing tells that they wait
+        await nats.start()
+        await within(asyncio.gather(*entering))
+        pool = await pod.join(POOL)
+        id_ = await pool.allocate()
+        await eventually(lambda: (owner := demux.owner(id_)) and owner.name == "amf-1")
+        agent.send_signal(signal.SIGTERM)
+        assert await within(agent.wait()) == EXIT_OK
+
+
+async def test_a_pod_that_gave_up_waiting_can_be_made_again(nats: NatsServer, near: Domain) -> None:
+    """What an application does that must start without NATS: it tries again, as often as it likes."""
+    for _ in range(3):
+        with pytest.raises(AgentUnavailable, match="no connection to NATS"):
+            await pod_of(near, timeout=0.2).__aenter__()
+    await nats.start()
+    async with agent_process(near), pod_of(near) as pod:
+        assert (await pod.join(POOL)).allocate_nowait()
+
+
+@pytest.mark.parametrize("first", ["nats", "agent", "pod", "demux"])
+async def test_whichever_part_ends_first_the_others_end_without_a_word_of_complaint(
+    nats: NatsServer, near: Domain, tmp_path: Path, first: str
+) -> None:
+    """In bounded time, with exit code 0; no warning, and no traceback."""
+    await nats.start()
+    async with agent_process(near) as agent, AsyncExitStack() as entered:
+        pod, demux = pod_of(near), demux_of(near)
+        await entered.enter_async_context(pod)
+        await entered.enter_async_context(demux)
+        assert await (await pod.join(POOL)).allocate()
+        process = await PodProcess.start(
+            "amf-2",
+            nats=nats.url,
+            pool=POOL,
+            contexts=tmp_path / "contexts.sqlite",
+            log=tmp_path / "amf-2.log",
+            prefix=near.prefix,
+        )
+        await process.heard("joined")
+
+        async def end(part: str) -> None:
+            match part:
+                case "nats":
+                    await nats.stop()
+                case "agent":
+                    agent.send_signal(signal.SIGTERM)
+                    _, errors = await agent.communicate()
+                    assert agent.returncode == EXIT_OK
+                    assert "Traceback" not in errors.decode()
+                case "pod":
+                    await pod.__aexit__(None, None, None)
+                    await process.stop()
+                    assert process.process.returncode == EXIT_OK
+                    said = (tmp_path / "amf-2.log").read_text()
+                    assert "Traceback" not in said
+                    assert "Warning:" not in said
+                case "demux":
+                    await demux.__aexit__(None, None, None)
+
+        entered.pop_all()
+        with warnings.catch_warnings(record=True) as complaints:
+            warnings.simplefilter("always")
+            for part in (first, *({"nats", "agent", "pod", "demux"} - {first})):
+                await within(end(part), LEAVING_SECONDS)
+            gc.collect()
+        assert [str(complaint.message) for complaint in complaints] == []
