@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 APT := apt-get install -y make git ca-certificates python3-venv libcurl4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench simulate faults soak clean system
+.PHONY: help demo test lint bench simulate faults soak fuzz clean system
 
 help: ## show this
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -36,8 +36,11 @@ faults: $(INSTALLED) ## every fault in turn, on real servers and processes; five
 soak: $(INSTALLED) ## a random fault every 20 s: make soak MINUTES=15
 	$(VENV) -m tests.fault.soak --minutes $(or $(MINUTES),15)
 
+fuzz: $(INSTALLED) ## bytes that nobody would think of, into the decoding: make fuzz SECONDS=600
+	$(VENV) -m tests.fuzz --seconds $(or $(SECONDS),60)
+
 clean: ## remove the virtual environment and all caches
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	rm -rf .venv .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment knows its folder: after that was moved or copied, it has to be told the new one.

@@ -10,7 +10,7 @@ import pytest
 from drsm_agent.bus.nats_bus import NatsBus
 from drsm_agent.embedded import NatsServer, Scratch, start_nats_server
 from drsm_agent.embedded.server import free_port
-from drsm_agent.errors import BusUnavailable
+from drsm_agent.errors import BusUnavailable, TooLarge
 from drsm_agent.ports import Incoming
 from drsm_sdk.nats_transport import NatsTransport
 from drsm_sdk.transport import TransportError
@@ -160,6 +160,24 @@ async def test_a_server_that_is_the_only_one_is_not_left_before_it_ends(make: Ma
         assert await line.say(b"fresh")
         await asyncio.sleep(0.1)
     assert len(line.heard) >= 9
+
+
+async def test_a_message_is_measured_with_its_headers_before_the_server_would_hang_up(
+    scratch: Scratch,
+) -> None:
+    """nats-py measures the body alone; what is over the limit then costs the connection, for good."""
+    server = await start_nats_server(scratch, config="max_payload: 131072")
+    line = await Line.of_agent([server.url])
+    headers = {"Content-Type": "application/msgpack", "Drsm-Summary": "s" * 200}
+    framing = sum(len(name) + len(text) + 4 for name, text in headers.items()) + 12
+    largest = bytes(131072 - framing)
+    await line.connection.publish("x", largest, headers)
+    await line.connection.flush()
+    assert line.heard == [largest]
+    with pytest.raises(TooLarge, match="131073 bytes"):
+        await line.connection.publish("x", largest + b"x", headers)
+    await line.connection.flush()
+    await line.connection.close()
 
 
 async def _gone(line: Line) -> None:
