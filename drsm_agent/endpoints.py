@@ -26,6 +26,8 @@ from drsm_sdk.wire.subjects import Route, Subjects
 IN_FLIGHT_MAX = 4096
 """Requests that are being answered at once: some thousand pods that start together. More are told to
 come back, before anything is done for them."""
+UNDER_WAY_MAX = 256 * 1024
+"""Bytes of one snapshot that the server may not have yet; others' answers wait behind no more."""
 HANDLER_TIMEOUT = 8.0
 """Longer than anything a handler waits for by itself; a guard, not a rule."""
 
@@ -139,16 +141,22 @@ class Endpoints:
         return self._requests
 
     async def _send_snapshot(self, incoming: Incoming, route: Route, *, as_json: bool) -> None:
-        """All pages at one version, then an empty message. No page before the server has the last one."""
+        """All pages at one version, then an empty message; paced by what the server has taken."""
         pool = self._serving().pool(route.pool or "")
         if not incoming.reply:
             return
         headers = {"Content-Type": "application/json" if as_json else m.CONTENT_TYPE}
 
+        under_way = 0
+
         async def send(page: bytes) -> None:
+            nonlocal under_way
             self._lead.check()
             await self._bus.publish(incoming.reply, page, headers)
-            await self._bus.carried()
+            under_way += len(page)
+            if under_way >= UNDER_WAY_MAX:
+                await self._bus.carried()
+                under_way = 0
 
         await self._snapshots.send(pool, self._bus.max_payload, send, as_json=as_json)
         await self._bus.publish(incoming.reply, b"")

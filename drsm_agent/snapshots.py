@@ -30,7 +30,7 @@ CHUNK_BYTES = 18
 """A chunk number at most, twice: a marked one stands on the page twice."""
 
 SENDING_MAX = 4
-"""Snapshots that are being sent at once. Each has one page on its way to the server, half a message."""
+"""Snapshots that are being sent at once; the server lacks a page or some of each."""
 WAITING_MAX = 1024
 """Askers that wait for their turn: a quarter of all requests that are answered at once."""
 TURN_TIMEOUT = 2.0
@@ -105,12 +105,12 @@ class Snapshots:
     async def send(
         self, pool: PoolTable, max_payload: int, send: Callable[[bytes], Awaitable[None]], *, as_json: bool
     ) -> None:
-        """Hand the pages to `send` one by one, all as `pool` is when this asker's turn comes. Each waits
-        until the last was carried, and others have their turn meanwhile. Raises Refused when too many ask at
-        once, and what `send` raises."""
+        """Hand the pages to `send` one by one, all as `pool` is when this asker's turn comes; others have theirs
+        between two pages. Raises Refused when too many ask at once, and what `send` raises."""
         async with self._turn():
             encoded = self._encoded(pool, _Key(pool.version, max_payload, as_json))
             for number in range(encoded.count):
+                await asyncio.sleep(0)
                 await send(encoded.message(number))
 
     def _encoded(self, pool: PoolTable, key: _Key) -> _Encoded:
