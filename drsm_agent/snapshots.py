@@ -105,8 +105,8 @@ class Snapshots:
     async def send(
         self, pool: PoolTable, max_payload: int, send: Callable[[bytes], Awaitable[None]], *, as_json: bool
     ) -> None:
-        """Hand the pages to `send` one by one, all as `pool` is when this asker's turn comes; others have theirs
-        between two pages. Raises Refused when too many ask at once, and what `send` raises."""
+        """Hand the pages to `send` one by one, all as `pool` is when this asker's turn comes; others have
+        theirs between two pages. Raises Refused when too many ask at once, and what `send` raises."""
         async with self._turn():
             encoded = self._encoded(pool, _Key(pool.version, max_payload, as_json))
             for number in range(encoded.count):
