@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import signal
+from pathlib import Path
 
 import pytest
 from nats.aio.client import Client
@@ -146,10 +147,16 @@ async def test_sigterm_ends_an_agent_that_is_still_starting(domain: Domain, what
         "DRSM_MONGO_URL": "mongodb://127.0.0.1:1/?replicaSet=rs0",
     }
     async with agent_process(domain, **{what: nowhere[what]}) as process:
-        await asyncio.sleep(1.5)  # nothing tells that a process has begun to wait
+        await eventually(lambda: _heeds(process.pid, signal.SIGTERM))
         process.send_signal(signal.SIGTERM)
         await within(process.wait(), 3)
         assert process.returncode == EXIT_OK
+
+
+def _heeds(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for it."""
+    status = Path(f"/proc/{pid}/status").read_text().split()
+    return bool(int(status[status.index("SigCgt:") + 1], 16) >> (number - 1) & 1)
 
 
 async def test_a_task_that_dies_ends_the_agent_with_its_reason(
