@@ -65,6 +65,7 @@ async def guarded(domain: Domain, permissions: str) -> AsyncIterator[Guarded]:
 
 EVERYTHING = ""
 NO_REQUESTS_HEARD = 'subscribe: {deny: "PREFIX.rpc.>"}'
+ONLY_PROBES_HEARD = 'subscribe: {allow: ["PREFIX.rpc.agent.probe", "_INBOX.>"]}'
 NO_REQUESTS_SENT = 'publish: {deny: "PREFIX.rpc.>"}'
 NO_EVENTS_HEARD = 'subscribe: {deny: "PREFIX.evt.>"}'
 limited: Any = {"user": "limited", "password": "secret"}
@@ -84,14 +85,19 @@ async def test_an_agent_that_may_not_hear_requests_leaves_the_lead_and_says_why(
             assert agent.unready() == []
 
 
-async def test_an_agent_that_may_not_hear_requests_makes_room_for_one_that_may(domain: Domain) -> None:
+@pytest.mark.parametrize("permissions", [NO_REQUESTS_HEARD, ONLY_PROBES_HEARD], ids=["none", "probes"])
+async def test_an_agent_that_may_not_hear_requests_makes_room_for_one_that_may(
+    domain: Domain, permissions: str
+) -> None:
     """It has subscribed, as far as its client knows; pods would hear "no responders" for ever."""
-    async with guarded(domain, NO_REQUESTS_HEARD) as nats:
+    async with guarded(domain, permissions) as nats:
         async with running(nats.domain.settings(nats_user="limited", nats_password="secret")) as agent:
+            led = asyncio.create_task(agent.leader.leading.wait())
             await eventually(lambda: any("permissions violation" in why.lower() for why in agent.unready()))
             async with nats.served() as asking:
                 assert (await asking.open("amf-1")).incarnation
-            assert not agent.leader.leading.is_set()
+            assert not led.done()
+            led.cancel()
 
 
 async def test_a_pod_that_may_not_ask_is_told_so(domain: Domain) -> None:
