@@ -103,6 +103,7 @@ class Supply:
     def redefine(self, definition: Definition) -> None:
         """The pool has changed in a way that leaves what is held where it is."""
         self.stock.redefine(definition)
+        self.life.unsettled.set()
         self.wake()
 
     def give_back(self, count: int) -> None:
@@ -209,9 +210,12 @@ class Supply:
                 await self._pause(backoff.delay())
             else:
                 request = None
-                self.trouble = None
-                backoff.reset()
-                self._granted(answer)
+                if self._granted(answer):
+                    self.trouble = None
+                    backoff.reset()
+                else:
+                    self._ask_failed(AgentUnavailable("the pool has grown; its definition is on its way"))
+                    await asyncio.sleep(backoff.delay())
 
     def _request(self) -> wire.Acquire | None:
         count = demand.chunks_to_ask(self.stock.free, self.wanted, self.stock.definition.ids_per_chunk)
@@ -226,13 +230,16 @@ class Supply:
             async with asyncio.timeout(delay):
                 await self._urgent.wait()
 
-    def _granted(self, answer: Answer[wire.Acquired]) -> None:
+    def _granted(self, answer: Answer[wire.Acquired]) -> bool:
+        """Take up what was granted. False for chunks that the definition in hand does not reach to: with the
+        next one, which the next sync announces, the agent is asked which chunks this pod holds."""
         version = answer.body.version
         if not self._compares(answer.stamp) or version < self._listed:
-            return  # the agent has since said which chunks this pod holds
+            return True  # the agent has since said which chunks this pod holds
         self._acquired = max(self._acquired, version)
         self._lacking = False
         self._take_up([(n, grant, None) for n, grant in answer.body.chunks])
+        return all(n < self.stock.definition.capacity for n, _ in answer.body.chunks)
 
     def _ask_failed(self, error: DrsmError) -> None:
         if self._session.life is not self.life:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from drsm_sdk.wire.space import Interval, Item, Space, merged
+from drsm_sdk.wire.space import EXCLUDED_MAX, Interval, Item, Space, merged
 
 SPACES = "spaces"
 """The kind of a pool that has several spaces."""
@@ -47,6 +47,9 @@ class Definition(Space):
         self._require("spaces", 1 <= len(self.spaces) <= SPACES_MAX, f"1..{SPACES_MAX} of them")
         names = [space.name for space in self.spaces]
         self._require("spaces", len(set(names)) == len(names), "each name once", names)
+        listed = sum(len(s.ranges) + len(s.reserved) + len(s.excluded) for s in self.spaces)
+        most = f"at most {EXCLUDED_MAX} ranges, reserved and excluded in all"
+        self._require("spaces", listed <= EXCLUDED_MAX, most, listed)
         for field in fields(Space):
             if field.name not in {"name", "kind"}:
                 unset = getattr(self, field.name) == field.default

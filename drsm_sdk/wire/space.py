@@ -27,8 +27,9 @@ BLOCK_BITS_MAX = 16
 BLOCK_BITS_DEFAULT = {INTEGER: 10, IPV4: 8, IPV6: 8}
 SLOTS_DEFAULT = 1000
 """Go DRSM issues 1000 of the 1024 ids of a chunk; both can then live on one collection."""
-RANGES_MAX, EXCLUDED_MAX = 256, 10_000
-"""Of one space: a definition is in every snapshot, and in the answer to every `open`."""
+RANGES_MAX, EXCLUDED_MAX = 256, 1000
+"""A definition is in every snapshot, and in the answer to every `open`: in all its spaces together it has no
+more than 40 KiB of these."""
 CHUNK_NUMBER_BITS_MAX = 63
 """A chunk's number is part of its document's `_id`, and at most this wide."""
 FIFO, RANDOM, SPREAD = "fifo", "random", "spread"
