@@ -2,6 +2,8 @@
 
 AgentError
  +- StoreUnavailable     the store did not answer in time, or the outcome of a write is unknown: try later
+ |   +- StoreRefused     it answered that it will not, and trying later does not help
+ +- StoreBroken          it refused for so long that the process ends
  +- PositionLost         the change stream cannot go on from here: read everything anew
  +- BusUnavailable       NATS did not take it: publish again once connected
  +- TooLarge             more than NATS takes in one message
@@ -13,22 +15,49 @@ AgentError
 
 from drsm_sdk.wire.messages import Failure
 
+POSITION_DEAD, DROPPED, OVER = "position_dead", "dropped", "over"
+"""Ends of a change stream after which everything is read anew: its position is of no use any more; a followed
+collection or database is gone or renamed; MongoDB ended it and gave no reason."""
+
 
 class AgentError(Exception):
     """Base of all."""
 
 
 class StoreUnavailable(AgentError):
-    """MongoDB could not be reached in time. A write may or may not have happened: read it back."""
+    """MongoDB could not be reached in time. A write may or may not have happened: read it back. `code` is
+    MongoDB's, where it gave one."""
+
+    end = "interrupted"
+    """How the end of a change stream by this error is counted."""
+
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class StoreRefused(StoreUnavailable):
+    """MongoDB answered, but denies the agent what it needs, or does not know it: a person has to act."""
+
+    end = "refused"
+
+
+class StoreBroken(AgentError):
+    """MongoDB refused again and again (see `patience`): the process ends, and says what to do."""
 
 
 class PositionLost(AgentError):
-    """The change stream ended for good, or its position is gone from the oplog. `code` is MongoDB's;
-    `data_lost` if it ended because a collection or the database was dropped or renamed."""
+    """The change stream ended for good, or its position is gone from the oplog. `code` is MongoDB's; `end`
+    says what sort of end it was."""
 
-    def __init__(self, message: str, code: int | None = None, *, data_lost: bool = False) -> None:
+    def __init__(self, message: str, code: int | None = None, *, end: str = POSITION_DEAD) -> None:
         super().__init__(message)
-        self.code, self.data_lost = code, data_lost
+        self.code, self.end = code, end
+
+    @property
+    def data_lost(self) -> bool:
+        """Whether a followed collection or its database was dropped or renamed."""
+        return self.end == DROPPED
 
 
 class BusUnavailable(AgentError):

@@ -16,8 +16,9 @@ import structlog
 from drsm_agent import cancellation
 from drsm_agent.core.events import Event, Version
 from drsm_agent.core.table import Hashes, Table
-from drsm_agent.errors import PositionLost, StoreUnavailable
+from drsm_agent.errors import OVER, PositionLost, StoreUnavailable
 from drsm_agent.metrics import Metrics
+from drsm_agent.patience import Patience
 from drsm_agent.ports import Batch, Chance, Clock, Snapshot, Store
 from drsm_sdk.wire import checksum
 
@@ -26,7 +27,11 @@ LOG_ENTRIES_MAX = 10_000
 keeps the rest."""
 LOAD_BATCH = 1000
 """Documents that are read into a table at a stretch; it keeps the event loop for 20 to 40 ms."""
-RETRY_MIN, RETRY_MAX = 0.2, 5.0
+STILL_AFTER = 15.0
+"""Seconds in which the position must move: an idle primary writes to its oplog each 10 s, and the leader
+renews each `T/3`. Where batches come but the position stands, a majority confirms nothing any more."""
+
+STILL_ACTION = "look at the replica set: a majority of its data members must be up"
 
 log = structlog.get_logger("drsm_agent.feed")
 HASHES = Hashes(ownership=checksum.ownership, holding=checksum.holding)
@@ -64,7 +69,8 @@ class State:
 
 
 class Feed:
-    """Follows the store. `run` never returns; `loaded` gives the current table once there is one."""
+    """Follows the store. `run` never returns, and raises StoreBroken when only a person can help; `loaded`
+    gives the current table once there is one."""
 
     def __init__(
         self, store: Store, pools: list[str], clock: Clock, chance: Chance, metrics: Metrics
@@ -77,22 +83,35 @@ class Feed:
         self._room = asyncio.Event()
         self._end: Position | None = None
         self._after_loss = False
-        self.heard_at = float("-inf")
+        self._patience = Patience(clock, chance)
+        self._heard_at = self._moved_at = float("-inf")
+        self._still = False
         self.on_change: Callable[[Entry], None] | None = None
 
     async def run(self) -> None:
+        failed: StoreUnavailable | PositionLost
         while True:
             try:
-                await self._follow(await self._load_retrying())
+                await self._follow(await self._load())
+            except StoreUnavailable as error:
+                log.warning("read_failed", error=str(error), action="trying again")
+                failed = error
             except PositionLost as error:
+                self._count_end(error)
                 log.error(
-                    "position_lost", error=str(error), code=error.code, action="reading everything anew"
+                    "position_lost",
+                    end=error.end,
+                    code=error.code,
+                    error=str(error),
+                    action="reading everything anew",
                 )
-                self._metrics.position_lost.labels(code=str(error.code)).inc()
-                self._after_loss = error.data_lost
+                # Until this process ends: pods may still issue from what was dropped, whatever else is lost.
+                self._after_loss |= error.data_lost
+                failed = error
             finally:
                 self._forget()
             cancellation.heed()
+            await self._patience.wait(failed)
 
     async def loaded(self) -> State:
         """The current state; waits for the first read."""
@@ -106,7 +125,15 @@ class Feed:
 
     def staleness(self) -> float:
         """Seconds since the stream last said something, were it only that nothing happened."""
-        return self._clock() - self.heard_at
+        return self._clock() - self._heard_at
+
+    def standstill(self) -> float:
+        """Seconds since the stream's position last moved."""
+        return self._clock() - self._moved_at
+
+    def stands_still(self) -> bool:
+        """Whether it should have moved by now, so that what the table shows may be old."""
+        return self.standstill() > STILL_AFTER
 
     async def news(self) -> None:
         """Returns when an entry was logged since the last call."""
@@ -134,28 +161,53 @@ class Feed:
         state = State(await read_table(self._pools, snapshot), self._after_loss)
         counts = {name: len(pool.chunks) for name, pool in state.table.pools.items()}
         log.info("table_read", at=snapshot.at, chunks=counts, sessions=len(state.table.sessions))
-        self._state, self._end, self.heard_at = state, None, self._clock()
+        self._state, self._end = state, None
+        self._heard_at = self._moved_at = self._clock()
         self._ready.set()
         return state
 
     async def _follow(self, state: State) -> None:
+        """One stream after the other, each from where the last one broke off. Raises PositionLost,
+        StoreBroken."""
         token: str | None = None
-        delay = RETRY_MIN
         while True:
             try:
-                after = None if token else state.table.started
+                after, opened = None if token else state.table.started, False
                 async with aclosing(self._store.changes(after=after, token=token)) as batches:
                     async for batch in batches:
                         await self._take(state, batch)
-                        token, delay = batch.token, RETRY_MIN
-                log.warning("stream_ended", action="opening it again")
+                        token = batch.token
+                        if opened:  # one that can be opened, but not read, gets nowhere
+                            self._patience.restore()
+                        opened = True
+                raise PositionLost("The change stream ended; read everything anew", end=OVER)
             except StoreUnavailable as error:
-                log.warning("stream_interrupted", error=str(error))
-            await asyncio.sleep(self._chance.jitter(delay))
-            delay = min(RETRY_MAX, delay * 2)
+                self._count_end(error)
+                log.warning(
+                    "stream_interrupted",
+                    end=error.end,
+                    code=error.code,
+                    error=str(error),
+                    action="going on from its position",
+                )
+                await self._patience.wait(error)
+
+    def _count_end(self, error: StoreUnavailable | PositionLost) -> None:
+        self._metrics.stream_ends.labels(end=error.end, code=str(error.code or "")).inc()
+
+    def _hear(self, batch: Batch) -> None:
+        """Note that the stream speaks, and whether its position moves."""
+        self._heard_at = now = self._clock()
+        if self._end is None or batch.changes or batch.token != self._end.token:
+            if self._still:
+                log.info("position_moves_again", seconds=round(now - self._moved_at, 1))
+            self._moved_at, self._still = now, False
+        elif not self._still and self.stands_still():
+            self._still = True
+            log.warning("position_stands_still", seconds=round(now - self._moved_at, 1), action=STILL_ACTION)
 
     async def _take(self, state: State, batch: Batch) -> None:
-        self.heard_at = self._clock()
+        self._hear(batch)
         boundary = self._boundary(batch)
         events = [event for change in batch.changes for event in state.table.apply(change)]
         last_at = (
@@ -191,16 +243,6 @@ class Feed:
             self._state.lost.set()
         self._state = None
         self._ready.clear()
-
-    async def _load_retrying(self) -> State:
-        delay = RETRY_MIN
-        while True:
-            try:
-                return await self._load()
-            except StoreUnavailable as error:
-                log.warning("read_failed", error=str(error))
-            await asyncio.sleep(self._chance.jitter(delay))
-            delay = min(RETRY_MAX, delay * 2)
 
 
 async def read_table(pools: list[str], snapshot: Snapshot) -> Table:

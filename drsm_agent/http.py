@@ -16,7 +16,7 @@ from drsm_agent.metrics import Metrics
 
 
 class Observed(Protocol):
-    """What is asked of an agent."""
+    """What is asked of an agent, or of one that waits for its servers."""
 
     metrics: Metrics
 

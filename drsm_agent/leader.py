@@ -39,6 +39,7 @@ from drsm_agent.feed import Entry, Feed, Position, State
 from drsm_agent.lead import Lead
 from drsm_agent.metrics import Metrics
 from drsm_agent.mirrors import Mirrors
+from drsm_agent.patience import Patience
 from drsm_agent.ports import Bus, Chance, Clock, Store, Subscription, WallClock
 from drsm_agent.probe import Probe
 from drsm_agent.reaper import Reaper
@@ -54,6 +55,8 @@ RETRY_DELAY = 0.2
 UNHEARD_SHARE = 0.75
 """Of `L`, without a word of any pod: nobody has been expired by then."""
 HEARD_LOOKS_PER_LEASE = 6
+LOOK_MAX = 0.25
+"""Seconds between two looks of a standby at the leader's record: one that gives up is followed at once."""
 STANDBY_SHARE = 0.5
 """Of `T`, between two signs of a standby: at least one comes while a leader waits for it."""
 
@@ -126,6 +129,7 @@ class Leader:
     async def _campaign(self) -> None:
         """Return once the lead is won. Meanwhile the table is kept warm and the log short."""
         log.info("standing_by")
+        patience = Patience(self._parts.clock, self._parts.chance)
         while True:
             try:
                 if self._restored_unread:
@@ -136,9 +140,11 @@ class Leader:
                     return
                 await self._skip_published()
                 await self._show_that_it_waits()
+                patience.restore()
             except StoreUnavailable as error:
                 log.warning("cannot_campaign", error=str(error))
-            await asyncio.sleep(self._parts.chance.jitter(self._election.period))
+                patience.count(error)
+            await asyncio.sleep(self._parts.chance.jitter(min(LOOK_MAX, self._election.period)))
 
     async def _try_to_win(self) -> bool:
         record = writes.read_leader(_first(await self._parts.store.read(writes.LEADER)))
@@ -339,7 +345,7 @@ class Leader:
         restorer = Restorer(reign, restored)
         requests, reaper, mirrors = (
             Requests(reign, restorer, tasks),
-            Reaper(reign, probe, parts.feed.staleness),
+            Reaper(reign, probe, parts.feed.stands_still),
             Mirrors(reign),
         )
 

@@ -25,10 +25,10 @@ class Metrics:
         self.republished = Counter(
             "drsm_events_republished", "Batches sent again as NATS had not confirmed them", registry=r
         )
-        self.position_lost = Counter(
-            "drsm_position_lost",
-            "Times the change stream's position was lost, by server code",
-            ["code"],
+        self.stream_ends = Counter(
+            "drsm_stream_ends",
+            "Ends of the change stream, by sort and MongoDB's code",
+            ["end", "code"],
             registry=r,
         )
         self.contradictions = Counter(
@@ -53,6 +53,9 @@ class Metrics:
         )
         self.stream_staleness = Gauge(
             "drsm_stream_staleness_seconds", "Since the change stream last said something", registry=r
+        )
+        self.position_standstill = Gauge(
+            "drsm_stream_standstill_seconds", "Since the change stream's position last moved", registry=r
         )
         self.bus_errors = Gauge("drsm_nats_errors", "Errors reported by the NATS connection", registry=r)
         self.bus_reconnects = Gauge("drsm_nats_reconnects", "Reconnects to NATS", registry=r)

@@ -30,11 +30,10 @@ WRITES_MAX = 1000
 AUDIT_INTERVAL = 10.0
 """The slow audit: what no event announced, and what a failed write left."""
 GO_SILENCE = 25.0
-"""A Go pod renews every 5 s for 20 s; unchanged or missing for this long, it is down."""
+"""A Go pod renews every 5 s for 20 s; unchanged or missing for this long, it is down. Longer than
+`feed.STILL_AFTER` and a renewal: that the stream stands still is noticed first."""
 PURGE_AFTER = 3600.0
 """A dead session's document is kept this long beyond `A + W`, for people who look for a reason."""
-STREAM_STALE = 5.0
-"""Seconds without a word of the change stream, which says something each second when nothing happens."""
 RETRY_DELAY = 0.5
 MASS_EXPIRY_MIN, MASS_EXPIRY_SHARE = 2, 0.3
 """More than two and more than 30 % of all sessions within one renewal period: rather our fault than
@@ -47,12 +46,12 @@ T = TypeVar("T")
 class Reaper:
     """Ends sessions, claims orphans and purges what is left, for one reign."""
 
-    def __init__(self, reign: Reign, probe: Probe, staleness: Callable[[], float]) -> None:
+    def __init__(self, reign: Reign, probe: Probe, stream_stands: Callable[[], bool]) -> None:
         self._table, self._relay, self._lead = reign.table, reign.relay, reign.lead
         self._leases, self._liveness, self._definitions = reign.leases, reign.liveness, reign.definitions
         self._clock, self._chance, self._metrics = reign.clock, reign.chance, reign.metrics
         self._alarms = Alarms(reign)
-        self._grants, self._probe, self._staleness = reign.grants, probe, staleness
+        self._grants, self._probe, self._stream_stands = reign.grants, probe, stream_stands
         self._news = asyncio.Event()
         self._dead_since: dict[Key, float] = {}
         self._spared_at = float("-inf")
@@ -140,7 +139,7 @@ class Reaper:
         """A Go pod whose keepalive stays as it was is down, also when MongoDB's TTL monitor does not take it
         away. Only what was unchanged while this leader would have seen a change counts."""
         now = self._clock()
-        if not self._probe.healthy(now) or self._staleness() > STREAM_STALE:
+        if not self._probe.healthy(now) or self._stream_stands():
             self._fresh_since = now
         present = {
             (pool.name, key): keepalive

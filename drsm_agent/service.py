@@ -4,7 +4,7 @@ import asyncio
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -13,10 +13,11 @@ import structlog
 from drsm_agent import http
 from drsm_agent.bus.nats_bus import NatsBus
 from drsm_agent.core.documents import Document
-from drsm_agent.errors import AgentError, Misconfigured
-from drsm_agent.feed import Feed
+from drsm_agent.errors import AgentError, Misconfigured, PositionLost, StoreUnavailable
+from drsm_agent.feed import STILL_ACTION, Feed
 from drsm_agent.leader import Leader, Parts
 from drsm_agent.metrics import Metrics
+from drsm_agent.patience import Patience
 from drsm_agent.ports import Bus, Chance, Clock, Store, WallClock, boottime
 from drsm_agent.settings import Settings
 from drsm_agent.store.mongo import MongoStore
@@ -48,13 +49,14 @@ class Agent:
         store: Store,
         bus: Bus,
         *,
+        metrics: Metrics | None = None,
         clock: Clock = boottime,
         wall_clock: WallClock = time.time,
         chance: Chance | None = None,
     ) -> None:
         chance = chance or Chance()
         self.name = f"{settings.agent_id or socket.gethostname()}-{chance.token()[:6]}"
-        self.metrics = Metrics()
+        self.metrics = metrics or Metrics()
         self._bus = bus
         self.feed = Feed(store, list(settings.definitions), clock, chance, self.metrics)
         self.leader = Leader(
@@ -91,6 +93,7 @@ class Agent:
     def measure(self) -> None:
         """Bring the gauges up to date that nothing else does."""
         self.metrics.stream_staleness.set(self.feed.staleness())
+        self.metrics.position_standstill.set(self.feed.standstill())
         self.metrics.bus_reconnects.set(self._bus.reconnects)
         self.metrics.bus_errors.set(self._bus.errors)
 
@@ -103,6 +106,10 @@ class Agent:
             reasons.append("the table is not read yet")
         elif (staleness := self.feed.staleness()) > STALE_AFTER:
             reasons.append(f"the change stream has been silent for {staleness:.0f} s")
+        elif self.feed.stands_still():
+            reasons.append(
+                f"the change stream's position stood still for {self.feed.standstill():.0f} s: {STILL_ACTION}"
+            )
         if (leaderless := self.leader.leaderless()) > LEADERLESS_TERMS * self._leader_ttl:
             reasons.append(f"nobody has led for {leaderless:.0f} s")
         if self._bus.forbidden:
@@ -113,26 +120,56 @@ class Agent:
         raise BusBroken(f"NATS closed the connection for good: {await self._bus.broken()}")
 
 
+class Start:
+    """What `/readyz` shows of an agent: what it waits for, and then itself."""
+
+    def __init__(self) -> None:
+        self.metrics = Metrics()
+        self.waits_for = "MongoDB has not answered yet"
+        self.agent: Agent | None = None
+
+    def unready(self) -> list[str]:
+        return self.agent.unready() if self.agent else [self.waits_for]
+
+    def measure(self) -> None:
+        if self.agent:
+            self.agent.measure()
+
+    async def wait_for_mongodb(self, attempt: Callable[[], Awaitable[None]]) -> None:
+        """Try until MongoDB is there, however long that takes: servers and agents start in any order. Raises
+        Misconfigured, StoreBroken."""
+        patience = Patience(boottime, Chance())
+        while True:
+            try:
+                return await attempt()
+            except (StoreUnavailable, PositionLost) as error:
+                self.waits_for = f"MongoDB is not there yet: {error}"
+                log.warning("waiting_for_mongodb", error=str(error))
+                await patience.wait(error)
+
+
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Agent]:
-    """An agent that runs until the block is left. Raises Misconfigured, StoreUnavailable at start, and at
-    the end what ended the agent by itself; `agent.ended` tells at once."""
+    """An agent that runs until the block is left; at first it waits for MongoDB. Raises Misconfigured at
+    start, and at the end what ended the agent by itself; `agent.ended` tells at once."""
     async with AsyncExitStack() as stack:
+        start, http_port = Start(), 0
         url = settings.mongo_url.get_secret_value()
         store = await stack.enter_async_context(MongoStore(url, settings.mongo_database, settings.databases))
-        await store.check()
+        if settings.http_port:
+            http_port = await stack.enter_async_context(
+                http.serving(settings.http_host, settings.http_port, start)
+            )
+        await start.wait_for_mongodb(store.check)
+        start.waits_for = "NATS is not connected"
         bus = await NatsBus.connect(
             settings.nats_url, name="drsm-agent", timeout=CONNECT_TIMEOUT, **nats_options(settings)
         )
         stack.push_async_callback(bus.close)
-        await ensure_stored(
-            store, stored_settings(settings)
-        )  # last: nothing is stored by one that cannot run
-        agent = Agent(settings, store, bus)
-        if settings.http_port:
-            agent.http_port = await stack.enter_async_context(
-                http.serving(settings.http_host, settings.http_port, agent)
-            )
+        # Last: nothing is stored by one that cannot run.
+        await start.wait_for_mongodb(lambda: ensure_stored(store, stored_settings(settings)))
+        start.agent = agent = Agent(settings, store, bus, metrics=start.metrics)
+        agent.http_port = http_port
         agent.task = asyncio.create_task(agent.run(), name="agent")
         try:
             yield agent

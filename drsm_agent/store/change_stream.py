@@ -1,32 +1,29 @@
-"""The change stream: raw events of the followed collections to the core's `Change`, resumed by itself.
+"""The change stream: raw events of the followed collections to the core's `Change`.
 
-Two nested generators with one worry each: `_read` reads one cursor to its end, `ChangeStream.batches`
-opens the next one where the last broke off. What can never go on is told apart from what may later
-by MongoDB's error code and by the event (a drop, a rename). The `$match` lets these events through:
-a filter that hides them ends a stream silently.
+It reads one cursor to its end, and tells how that ended: what can never go on from there, what may later,
+and what a person has to mend are told apart by MongoDB's error code and by the event (a drop, a rename). The
+`$match` lets these events through: a filter that hides them ends a stream silently. Whoever reads opens the
+next one where the last broke off (`feed`).
 """
 
-import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
 from bson import Timestamp
 from motor.motor_asyncio import AsyncIOMotorClient
-from pymongo.errors import ConnectionFailure, OperationFailure, PyMongoError
+from pymongo.errors import OperationFailure, PyMongoError
 
 from drsm_agent import cancellation
 from drsm_agent.core.documents import Document
 from drsm_agent.core.table import Change
-from drsm_agent.errors import PositionLost
+from drsm_agent.errors import DROPPED, OVER, AgentError, PositionLost
 from drsm_agent.ports import Batch
 from drsm_agent.store.cursor import Database, plain, raw_cursor
-from drsm_agent.store.faults import code_of, reason, unavailable
+from drsm_agent.store.faults import REMEDIES, code_of, reason, unavailable
 
 BATCH = 1000  # bounds memory and how long the event loop is kept; adds no latency
 WAIT_MS = 500  # for news; an idle batch's token is at most this old, and a cancelled wait ends within it
-RESUME_SECONDS = 10.0  # without a batch, then the caller hears of it: an election takes up to that
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 1.0
 
 # Errors after which a position is of no use any more (measured and documented ones).
 POSITION_DEAD = {
@@ -40,8 +37,6 @@ POSITION_DEAD = {
 # What MongoDB says to text that never was a token: FailedToParse, Overflow, InvalidUUID, and the numbered
 # assertions of its parsers, 50811 above all, whose only name is `Location<code>`.
 NO_TOKEN, NO_TOKEN_NAME = {9, 15, 207}, "Location"
-CURSOR_NOT_FOUND = 43
-RESUMABLE = "ResumableChangeStreamError"
 
 Start = Mapping[str, Any]
 Names = Mapping[tuple[str, str], str]
@@ -70,19 +65,14 @@ class ChangeStream:
         self._database: Database = client["admin" if self._everywhere else database]
 
     async def batches(self, start: Start) -> AsyncGenerator[Batch, None]:
-        """Batches without end. Raises StoreUnavailable after RESUME_SECONDS and one time-out without any."""
-        patience = _Patience()
-        while True:
-            try:
-                async with aclosing(self._read(start)) as batches:
-                    async for batch in batches:
-                        patience.restore()
-                        start = start_at(None, batch.token)
-                        yield batch
-            except PyMongoError as error:
-                cancellation.heed()
-                _raise_unless_resumable(error)
-                await patience.wait(error)
+        """Batches until something ends them: raises PositionLost, StoreRefused, StoreUnavailable."""
+        try:
+            async with aclosing(self._read(start)) as batches:
+                async for batch in batches:
+                    yield batch
+        except PyMongoError as error:
+            cancellation.heed()
+            raise _classified(error) from error
 
     async def _read(self, start: Start) -> AsyncGenerator[Batch, None]:
         """The batches of one cursor, an empty one whenever WAIT_MS pass without news."""
@@ -92,9 +82,8 @@ class ChangeStream:
                 changes = [read_event(event, self._names) for event in cursor.batch]
                 yield Batch(changes, cursor.token)
                 if not cursor.alive:
-                    raise PositionLost(
-                        "MongoDB ended the change stream without a reason; read everything anew"
-                    )
+                    text = "MongoDB ended the change stream without a reason; read everything anew"
+                    raise PositionLost(text, end=OVER)
                 await cursor.more(BATCH, WAIT_MS)
 
     def pipeline(self, start: Start) -> list[Document]:
@@ -113,38 +102,17 @@ class ChangeStream:
         return [{"$changeStream": stage}, {"$match": {"$or": wanted}}]
 
 
-class _Patience:
-    """Pauses between attempts, doubling; at an end RESUME_SECONDS after the first failure in a row."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-        self._pause = FIRST_PAUSE_SECONDS
-
-    def restore(self) -> None:
-        self._since, self._pause = None, FIRST_PAUSE_SECONDS
-
-    async def wait(self, error: PyMongoError) -> None:
-        now = asyncio.get_running_loop().time()
-        self._since = now if self._since is None else self._since
-        if now - self._since >= RESUME_SECONDS:
-            raise unavailable(error, f"the change stream within {RESUME_SECONDS:g} s") from error
-        await asyncio.sleep(self._pause)
-        self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
-
-
-def _raise_unless_resumable(error: PyMongoError) -> None:
+def _classified(error: PyMongoError) -> AgentError:
+    """What a driver's error says about the stream."""
     code = code_of(error)
     if dead := _why_dead(error):
-        text = f"The change stream cannot go on: {dead} ({code}); read everything anew"
-        raise PositionLost(text, code) from error
-    resumable = isinstance(error, ConnectionFailure) or code == CURSOR_NOT_FOUND
-    if not resumable and not error.has_error_label(RESUMABLE):
-        raise unavailable(error, "the change stream") from error
+        return PositionLost(f"The change stream cannot go on: {dead} ({code}); read everything anew", code)
+    return unavailable(error, "the change stream")
 
 
 def _why_dead(error: PyMongoError) -> str:
     """Why nothing ever goes on from this position; empty if it may."""
-    if not isinstance(error, OperationFailure) or error.code is None:
+    if not isinstance(error, OperationFailure) or error.code is None or error.code in REMEDIES:
         return ""
     name = (error.details or {}).get("codeName", "")
     if error.code in NO_TOKEN or name.startswith(NO_TOKEN_NAME):
@@ -156,7 +124,7 @@ def read_event(event: Document, names: Names) -> Change:
     """A raw event as the core has it; PositionLost for one that ends what was followed."""
     kind = event["operationType"]
     if kind not in {"insert", "replace", "update", "delete"}:
-        raise PositionLost(_what_ended(event), data_lost=True)
+        raise PositionLost(_what_ended(event), end=DROPPED)
     change = {
         "space": names[event["ns"]["db"], event["ns"]["coll"]],
         "key": str(event["documentKey"]["_id"]),

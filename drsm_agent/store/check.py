@@ -1,4 +1,5 @@
-"""Start-up checks: a MongoDB that the agent cannot work with is refused with what to do about it.
+"""Start-up checks: a MongoDB that the agent cannot work with is refused with what to do about it; one that
+is not there yet is no mistake.
 
 No message shows credentials: neither the URL nor the driver's words about one that has any.
 """
@@ -12,11 +13,10 @@ from pymongo.errors import PyMongoError
 
 from drsm_agent.core.documents import Document
 from drsm_agent.errors import Misconfigured, StoreUnavailable
-from drsm_agent.store.faults import code_of, reason
+from drsm_agent.store.faults import DENIED, REMEDIES, code_of, reason
 
 OLDEST_WIRE_VERSION = 13  # MongoDB 5.0, the first with snapshot reads outside of transactions
 NO_SUCH_ID = "drsm:none"  # of no chunk, pod or session: deleting it only shows that we may
-DENIED = {13, 18, 8000}  # Unauthorized, AuthenticationFailed, Atlas's own
 _HOSTS = re.compile(r"[\w.\-:,\[\]%]+")
 
 INITIATE = (
@@ -41,15 +41,22 @@ def malformed(url: str, error: Exception) -> str:
 
 
 async def check_deployment(client: AsyncIOMotorClient[Document], hosts: str) -> None:
-    """Raise Misconfigured unless a replica set or sharded cluster of a fit version answers."""
+    """Raise Misconfigured unless a replica set or sharded cluster of a fit version answers; StoreUnavailable
+    where none does so far."""
     try:
         hello = await client.admin.command("hello")
     except PyMongoError as error:
-        raise Misconfigured(_no_answer(hosts, error)) from error
+        if code_of(error) in DENIED:
+            raise Misconfigured(_denied(hosts, error)) from error
+        text = f"Expected a MongoDB primary at {hosts}, found: {reason(error)}; start it or correct the URL. "
+        text += f"If it runs but is no replica set yet: {INITIATE}"
+        # A server that answers, but is not of the URL's set, is one that the driver forgets.
+        strangers_only = not client.delegate.topology_description.server_descriptions()
+        raise (Misconfigured(text) if strangers_only else StoreUnavailable(text)) from error
     if "setName" not in hello and hello.get("msg") != "isdbgrid":
-        raise Misconfigured(
-            f"Expected MongoDB at {hosts} to have change streams, found no replica set: {INITIATE}"
-        )
+        text = f"Expected MongoDB at {hosts} to have change streams, found no replica set: {INITIATE}"
+        to_be_initiated = hello.get("isreplicaset")  # what a member says before it is one
+        raise StoreUnavailable(text) if to_be_initiated else Misconfigured(text)
     if hello["maxWireVersion"] < OLDEST_WIRE_VERSION:
         raise Misconfigured(
             f"Expected MongoDB 5.0 or newer at {hosts}, found an older one "
@@ -57,21 +64,9 @@ async def check_deployment(client: AsyncIOMotorClient[Document], hosts: str) -> 
         )
 
 
-def _no_answer(hosts: str, error: PyMongoError) -> str:
-    if code_of(error) in DENIED:
-        return _denied(hosts, error)
-    return (
-        f"Expected a MongoDB primary at {hosts}, found: {reason(error)}; start it or correct the URL. "
-        f"If it runs but is no replica set yet: {INITIATE}"
-    )
-
-
 def _denied(hosts: str, error: BaseException) -> str:
-    return (
-        f"Expected MongoDB at {hosts} to let the agent in, found: {reason(error)}; correct user, password "
-        "and authSource, and give the user readWrite on the agent's and the pools' databases "
-        "(and, when these are several, find and changeStream on every database)"
-    )
+    remedy = REMEDIES[code_of(error) or 0]
+    return f"Expected MongoDB at {hosts} to let the agent in, found: {reason(error)}; {remedy}"
 
 
 @contextmanager

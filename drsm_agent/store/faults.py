@@ -5,7 +5,25 @@ from contextlib import contextmanager
 
 from pymongo.errors import PyMongoError
 
-from drsm_agent.errors import StoreUnavailable
+from drsm_agent.errors import StoreRefused, StoreUnavailable
+
+DENIED = {13, 18, 8000}  # Unauthorized, AuthenticationFailed, Atlas's own
+# BadValue, TypeMismatch, CommandNotFound, InvalidOptions, InvalidNamespace, CommandNotSupported, and the
+# assertions "unrecognized pipeline stage" and "only supported on replica sets".
+UNKNOWN = {2, 14, 59, 72, 73, 115, 40324, 40573}
+SNAPSHOT_TOO_OLD = 239
+
+REMEDIES = {
+    **dict.fromkeys(
+        DENIED,
+        "correct user, password and authSource, and give the user readWrite on the agent's and the pools' "
+        "databases (and, when these are several, find and changeStream on every database)",
+    ),
+    **dict.fromkeys(UNKNOWN, "give the agent a replica set or sharded cluster of MongoDB 5.0 or newer"),
+    SNAPSHOT_TOO_OLD: "raise MongoDB's parameter minSnapshotHistoryWindowInSeconds above the time that a "
+    "read of all pools takes",
+}
+"""Answers that no waiting mends, by MongoDB's code, and what does. Everything else may be an outage."""
 
 # Where the driver goes on to list its time-outs, its view of all servers, or the whole answer.
 _DETAILS = (" (configured timeouts", ", Timeout: ", ", full error: ")
@@ -22,7 +40,11 @@ def answering(what: str) -> Iterator[None]:
 
 
 def unavailable(error: Exception, what: str) -> StoreUnavailable:
-    return StoreUnavailable(f"Expected MongoDB to answer {what}, found: {reason(error)}; try again later")
+    code = code_of(error)
+    found = f"Expected MongoDB to answer {what}, found: {reason(error)}"
+    if code in REMEDIES:
+        return StoreRefused(f"{found}; {REMEDIES[code]}", code)
+    return StoreUnavailable(f"{found}; try again later", code)
 
 
 def reason(error: BaseException) -> str:

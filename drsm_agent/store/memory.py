@@ -14,7 +14,7 @@ from typing import Any
 from drsm_agent.core.documents import Document, merge
 from drsm_agent.core.table import Change
 from drsm_agent.core.writes import Delete, Insert, Outcome, Update, Write
-from drsm_agent.errors import PositionLost, StoreUnavailable
+from drsm_agent.errors import DROPPED, PositionLost, StoreUnavailable
 from drsm_agent.ports import Batch, Snapshot
 from drsm_agent.store.spaces import FOLLOWED, UNFOLLOWED, space_of
 
@@ -170,7 +170,8 @@ class MemoryStore:
         followed = [entry for entry in entries if entry.space in self._followed]
         for entry in followed:
             if isinstance(entry, Dropped):
-                raise PositionLost(f"The change stream saw 'drop' of {entry.space}; read everything anew")
+                text = f"The change stream saw 'drop' of {entry.space}; read everything anew"
+                raise PositionLost(text, end=DROPPED)
         return [entry for entry in followed if isinstance(entry, Change)]
 
     async def _wait_for_news(self) -> None:

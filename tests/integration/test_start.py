@@ -5,15 +5,16 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import aiohttp
 import pytest
 
 from drsm_agent import settings
-from drsm_agent.embedded import Stack, start_standalone
-from tests.harness import Domain, requester, within
+from drsm_agent.embedded import Scratch, Stack, start_nats_server, start_replica_set, start_standalone
+from drsm_agent.embedded.server import free_port
+from tests.harness import SEEN_SECONDS, Domain, requester, within
 
 EXIT_OK, EXIT_FAULT, EXIT_REFUSED = 0, 1, 2
 
@@ -93,11 +94,50 @@ async def test_a_standalone_mongod_is_refused_with_what_to_do(domain: Domain, st
     assert "rs.initiate()" in said
 
 
-async def test_a_mongodb_that_is_not_there_is_refused_within_seconds(domain: Domain) -> None:
-    """The message names the host, and never the password."""
-    said = await refused(domain, DRSM_MONGO_URL="mongodb://user:hunter2@127.0.0.1:1/?replicaSet=rs0")
-    assert "127.0.0.1:1" in said
-    assert "hunter2" not in said
+async def test_an_agent_that_starts_before_mongodb_waits_for_it_and_says_so(unused_tcp_port: int) -> None:
+    """In any order: alive but not ready, with the reason and never the password, until MongoDB is there."""
+    async with Scratch() as scratch:
+        nats = await start_nats_server(scratch)
+        port = free_port()
+        domain = Domain(f"mongodb://127.0.0.1:{port}/?replicaSet=rs0", nats.url, "drsm", "drsm")
+        url = f"http://127.0.0.1:{unused_tcp_port}"
+        async with (
+            agent_process(domain, DRSM_HTTP_PORT=str(unused_tcp_port)) as process,
+            aiohttp.ClientSession() as http,
+        ):
+            waiting = await answer_of(http, f"{url}/readyz", "127.0.0.1")
+            assert waiting.startswith("MongoDB is not there yet")
+            assert f"127.0.0.1:{port}" in waiting
+            assert await answer_of(http, f"{url}/livez", "alive")
+            await start_replica_set(scratch, port=port)
+            assert await answer_of(http, f"{url}/readyz", "ready\n") == "ready\n"
+            process.send_signal(signal.SIGTERM)
+            _, errors = await within(process.communicate())
+        assert process.returncode == EXIT_OK
+        assert "waiting_for_mongodb" in errors.decode()
+
+
+async def answer_of(http: aiohttp.ClientSession, url: str, expected: str) -> str:
+    """The first answer that has this text in it."""
+    async with asyncio.timeout(SEEN_SECONDS):
+        while True:
+            with suppress(aiohttp.ClientError):
+                async with http.get(url) as answer:
+                    if expected in (text := await answer.text()):
+                        return text
+            await asyncio.sleep(0.05)
+
+
+async def test_no_password_is_logged_while_mongodb_is_not_there(domain: Domain) -> None:
+    """It stands in the URL that the agent tries."""
+    url = "mongodb://user:hunter2@127.0.0.1:1/?replicaSet=rs0"
+    async with agent_process(domain, DRSM_MONGO_URL=url) as process:
+        assert process.stderr is not None
+        while b"waiting_for_mongodb" not in (said := await within(process.stderr.readline())):
+            assert said
+        assert b"127.0.0.1:1" in said
+        process.kill()
+        assert b"hunter2" not in said + (await process.communicate())[1]
 
 
 async def test_other_definitions_than_the_stored_ones_are_refused_showing_both(domain: Domain) -> None:

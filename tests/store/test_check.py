@@ -10,7 +10,8 @@ import pytest_asyncio
 from pymongo.errors import OperationFailure
 
 from drsm_agent.embedded import Mongod, Stack, start_standalone
-from drsm_agent.errors import Misconfigured, StoreUnavailable
+from drsm_agent.embedded.binaries import find_mongod
+from drsm_agent.errors import AgentError, Misconfigured, StoreUnavailable
 from drsm_agent.store import check
 from drsm_agent.store.mongo import MongoStore
 from tests.store.tools import POOLS, Stand
@@ -18,9 +19,9 @@ from tests.store.tools import POOLS, Stand
 SHORT = 0.5
 
 
-async def _refusal(url: str, timeout: float = SHORT) -> str:
-    """Why a store with this URL is refused."""
-    with pytest.raises(Misconfigured) as caught:
+async def _refusal(url: str, timeout: float = SHORT, kind: type[AgentError] = Misconfigured) -> str:
+    """Why a store with this URL is refused, or waited for."""
+    with pytest.raises(kind) as caught:
         async with MongoStore(url, "d", {"amfid": "d"}, timeout=timeout) as store:
             await store.check()
     assert "secret" not in str(caught.value)
@@ -60,13 +61,25 @@ async def test_a_standalone_behind_a_replica_set_url_too(standalone: Mongod) -> 
     assert "rs.initiate()" in await _refusal(f"mongodb://{standalone.address}/?replicaSet=rs0")
 
 
+@pytest.mark.parametrize("options", ["directConnection=true", "replicaSet=rs0", ""])
+async def test_a_member_that_is_not_initiated_yet_is_waited_for(stack: Stack, options: str) -> None:
+    """Whoever makes it a replica set may come later; a standalone never becomes one by itself."""
+    member = Mongod(stack.scratch, find_mongod(), options=("--replSet", "rs0"))
+    await member.start()
+    try:
+        text = await _refusal(f"mongodb://{member.address}/?{options}", kind=StoreUnavailable)
+    finally:
+        await member.stop()
+    assert "rs.initiate()" in text
+
+
 @pytest.mark.parametrize(
     "url", ["mongodb://user:secret@127.0.0.1:1/?replicaSet=rs0", "mongodb://127.0.0.1:1"]
 )
-async def test_a_wrong_address_is_refused_in_bounded_time(url: str) -> None:
-    """With the address."""
+async def test_a_mongodb_that_is_not_there_is_told_in_bounded_time(url: str) -> None:
+    """With the address. Whether it will ever be there nobody knows."""
     begin = time.monotonic()
-    text = await _refusal(url)
+    text = await _refusal(url, kind=StoreUnavailable)
     assert time.monotonic() - begin < 4 * SHORT
     assert "127.0.0.1:1" in text
     assert "refused" in text

@@ -12,14 +12,17 @@ from bson.raw_bson import RawBSONDocument
 from pymongo.hello import Hello
 from pymongo.server_description import ServerDescription
 
+from drsm_agent import errors
 from drsm_agent.core.documents import Document
 from drsm_agent.core.table import SESSIONS
 from drsm_agent.core.writes import LEADER, POSITION, Insert, touch_stamp
 from drsm_agent.embedded import ReplicaSet, Stack, start_replica_set
-from drsm_agent.errors import PositionLost, StoreUnavailable
-from drsm_agent.store import change_stream, mongo
+from drsm_agent.errors import DROPPED, PositionLost, StoreRefused, StoreUnavailable
+from drsm_agent.ports import Batch
+from drsm_agent.store import mongo
 from drsm_agent.store.change_stream import POSITION_DEAD, cluster_time, read_event, timestamp
 from drsm_agent.store.cursor import plain
+from drsm_agent.store.faults import REMEDIES
 from tests.store.tools import (
     POOLS,
     TERM,
@@ -62,7 +65,9 @@ async def test_a_dropped_collection_ends_the_stream(mongo: Stand, space: str) ->
     """Its chunks are gone without a single delete event."""
     after = await _filled(mongo)
     await mongo.database.drop_collection(space)
-    assert f"'drop' of {mongo.name}.{space}" in str(await _lost(mongo, after))
+    lost = await _lost(mongo, after)
+    assert f"'drop' of {mongo.name}.{space}" in str(lost)
+    assert (lost.end, lost.data_lost) == (DROPPED, True)
 
 
 async def test_a_renamed_collection_ends_the_stream(mongo: Stand) -> None:
@@ -79,7 +84,9 @@ async def test_a_dropped_database_ends_the_stream(mongo: Stand) -> None:
     """Never silently, though MongoDB would just end the cursor."""
     after = await _filled(mongo)
     await mongo.client.drop_database(mongo.name)
-    assert "drop" in str(await _lost(mongo, after))
+    lost = await _lost(mongo, after)
+    assert "drop" in str(lost)
+    assert lost.end == DROPPED
 
 
 async def test_a_database_that_goes_without_a_followed_collection_ends_the_stream(mongo: Stand) -> None:
@@ -155,37 +162,37 @@ async def _fail(stand: Stand, commands: Sequence[str], times: int, **fault: obje
     ids=["network", "cursor", "primary", "label"],
 )
 @pytest.mark.parametrize("commands", [("getMore",), ("getMore", "aggregate")], ids=["reading", "opening"])
-async def test_the_stream_resumes_by_itself(
+async def test_an_interrupted_stream_goes_on_from_its_token(
     fragile: Stand, commands: tuple[str, ...], fault: Document
 ) -> None:
-    """Nothing is missed and nothing comes twice."""
+    """Nothing is missed and nothing comes twice; each interruption is told, so that it can be counted."""
     after = await _filled(fragile)
     async with aclosing(fragile.store.changes(after=after)) as batches:
         await put(fragile.store, POOL, *(chunk(n).document for n in range(10, 20)))
         await fragile.store.write([touch_stamp(TERM, "agent")])
         changes = await until_stamp(batches, 1)
+        token = changes[-1].token
         await _fail(fragile, commands, len(commands), **fault)
         await put(fragile.store, POOL, *(chunk(n).document for n in range(20, 30)))
         await fragile.store.write([touch_stamp(TERM, "agent")])
+        ends = [await _interrupted(batches)]
+    while len(ends) < len(commands):
+        async with aclosing(fragile.store.changes(token=token)) as batches:
+            ends.append(await _interrupted(batches))
+    async with aclosing(fragile.store.changes(token=token)) as batches:
         changes += await until_stamp(batches, 2)
     chunks = [change.key for change in changes if change.space == POOL]
     assert chunks == [f"chunkid-{n}" for n in range(10, 30)]
+    assert ends == ["interrupted"] * len(commands)
 
 
-async def test_outages_that_are_over_do_not_add_up(fragile: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stream's patience counts from the first failure after a batch."""
-    monkeypatch.setattr(change_stream, "RESUME_SECONDS", 0.4)
-    after = await _filled(fragile)
-    begin = time.monotonic()
-    async with aclosing(fragile.store.changes(after=after)) as batches:
-        while time.monotonic() - begin < 1.0:
-            await first(batches)
-            await _fail(fragile, ["getMore"], 1, errorCode=43)
-        await fragile.store.write([touch_stamp(TERM, "agent")])
-        assert len(await until_stamp(batches, 1)) == 1
+async def _interrupted(batches: AsyncIterator[Batch]) -> str:
+    with pytest.raises(StoreUnavailable) as caught:
+        await until_stamp(batches, -1)
+    return caught.value.end
 
 
-@pytest.mark.parametrize("code", sorted(POSITION_DEAD))
+@pytest.mark.parametrize("code", [*sorted(POSITION_DEAD), 50811])
 async def test_a_dead_position_is_told_by_its_code(fragile: Stand, code: int) -> None:
     """Without an attempt to go on from it."""
     after = await _filled(fragile)
@@ -194,23 +201,39 @@ async def test_a_dead_position_is_told_by_its_code(fragile: Stand, code: int) ->
         await _fail(fragile, ["getMore"], 1, errorCode=code)
         with pytest.raises(PositionLost) as caught:
             await until_stamp(batches, -1)
-    assert caught.value.code == code
+    assert (caught.value.code, caught.value.end) == (code, errors.POSITION_DEAD)
 
 
-async def test_a_refused_stream_is_an_outage(fragile: Stand) -> None:
-    """An error that says nothing about the position, such as a permission taken away."""
+@pytest.mark.parametrize("code", sorted(REMEDIES))
+async def test_a_refusal_is_told_from_an_outage_with_what_to_do(fragile: Stand, code: int) -> None:
+    """Of the stream and of every other operation: no waiting mends a permission that was taken away."""
     after = await _filled(fragile)
-    await _fail(fragile, ["aggregate"], 1, errorCode=13)
+    await _fail(fragile, ["aggregate", "find", "insert"], 4, errorCode=code)
     async with aclosing(fragile.store.changes(after=after)) as batches:
-        with pytest.raises(StoreUnavailable):
-            await first(batches)
+        operations = [
+            first(batches),
+            fragile.store.read(SESSIONS),
+            fragile.store.snapshot(),
+            put(fragile.store, POOL, chunk(10).document),
+        ]
+        for operation in operations:
+            with pytest.raises(StoreRefused) as caught:
+                await operation
+            assert caught.value.code == code
+            assert REMEDIES[code] in str(caught.value)
 
 
-async def test_the_caller_goes_on_from_its_token_after_an_outage(
-    fragile: Stand, own_set: ReplicaSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The stream gives up after a bounded time; MongoDB is killed and comes back."""
-    monkeypatch.setattr(change_stream, "RESUME_SECONDS", 0.5)
+@pytest.mark.parametrize("code", [1, 64, 91, 133, 262, 11600])
+async def test_any_other_error_may_be_an_outage(fragile: Stand, code: int) -> None:
+    """Internal, write concern, shutting down, no primary for mongos, too slow, interrupted."""
+    after = await _filled(fragile)
+    await _fail(fragile, ["getMore"], 1, errorCode=code)
+    async with aclosing(fragile.store.changes(after=after)) as batches:
+        assert await _interrupted(batches) == "interrupted"
+
+
+async def test_the_caller_goes_on_from_its_token_after_an_outage(fragile: Stand, own_set: ReplicaSet) -> None:
+    """MongoDB is killed and comes back."""
     after = await _filled(fragile)
     async with aclosing(fragile.store.changes(after=after)) as batches:
         token = (await first(batches)).token
@@ -227,11 +250,8 @@ async def test_the_caller_goes_on_from_its_token_after_an_outage(
     assert keys == ["chunkid-10", "chunkid-11", "stamp"]
 
 
-async def test_a_paused_mongodb_is_given_up_in_bounded_time(
-    fragile: Stand, own_set: ReplicaSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_paused_mongodb_is_given_up_in_bounded_time(fragile: Stand, own_set: ReplicaSet) -> None:
     """Its connections stay open and nothing answers."""
-    monkeypatch.setattr(change_stream, "RESUME_SECONDS", 0.5)
     after = await _filled(fragile)
     store = fragile.store
     async with aclosing(store.changes(after=after)) as batches:
