@@ -373,9 +373,10 @@ class Leader:
             try:
                 if now - read_at >= parts.leases.leader:
                     record, read_at = await self._leader_document(), now
-                    if signs is not None and record.get("standbys") != signs:
+                    shown = record.get("standbys", 0)
+                    if signs is not None and shown != signs:
                         waited_at = now
-                    signs = record.get("standbys", 0)
+                    signs = shown
                     if record.get("handed_over") and hearing.any.is_set():
                         await self._note_hand_over(lead, handed_over=False)
                 alone = hearing.silence() >= UNHEARD_SHARE * parts.leases.effective_liveness(

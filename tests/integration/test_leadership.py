@@ -315,6 +315,15 @@ async def test_a_hand_over_is_not_repeated_before_a_pod_was_heard(domain: Domain
             assert (record["term"], record["handed_over"]) == (3, True)
 
 
+async def test_a_leader_that_no_pod_reaches_and_nobody_waits_for_stays(domain: Domain) -> None:
+    """R7: there is nobody to hand over to, so it judges: its only pod is dead."""
+    async with domain.served(**TORN) as asking:
+        opened = await asking.open("amf-1")
+        await asking.renew("amf-1", opened.incarnation)
+        await asking.seen(lambda: asking.of(m.PodDown))
+        assert {head.term for head, _ in asking.events} == {1}
+
+
 async def another_nats(servers: AsyncExitStack) -> str:
     """A NATS server that knows nothing of the others."""
     scratch = await servers.enter_async_context(Scratch())

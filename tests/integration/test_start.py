@@ -19,13 +19,18 @@ from tests.harness import SEEN_SECONDS, Domain, requester, within
 EXIT_OK, EXIT_FAULT, EXIT_REFUSED = 0, 1, 2
 
 
-async def start_agent(domain: Domain, **changed: str) -> asyncio.subprocess.Process:
+PROGRAM = "from drsm_agent.cli import main; main()"
+
+
+async def start_agent(
+    domain: Domain, *, program: str = PROGRAM, **changed: str
+) -> asyncio.subprocess.Process:
     """`drsm-agent run` with a test's settings."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("DRSM_")}
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
-        "from drsm_agent.cli import main; main()",
+        program,
         "run",
         env=clean | domain.environment | changed,
         stdout=asyncio.subprocess.PIPE,
@@ -34,8 +39,10 @@ async def start_agent(domain: Domain, **changed: str) -> asyncio.subprocess.Proc
 
 
 @asynccontextmanager
-async def agent_process(domain: Domain, **changed: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    process = await start_agent(domain, **changed)
+async def agent_process(
+    domain: Domain, *, program: str = PROGRAM, **changed: str
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    process = await start_agent(domain, program=program, **changed)
     try:
         yield process
     finally:
