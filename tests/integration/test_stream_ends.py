@@ -236,10 +236,18 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         (("getMore", "aggregate"), 13, "give the user readWrite"),
         (("getMore", "aggregate"), 18, "correct user, password"),
         (("getMore", "aggregate"), 40324, "MongoDB 5.0 or newer"),
+        (("getMore",), 13, "give the user readWrite"),
         (("insert", "update"), 13, "give the user readWrite"),
         (("getMore", "aggregate"), 286, "does not reach back"),
     ],
-    ids=["not authorised", "not authenticated", "unknown stage", "may not write", "lost again and again"],
+    ids=[
+        "not authorised",
+        "not authenticated",
+        "unknown stage",
+        "opens only",
+        "may not write",
+        "lost again and again",
+    ],
 )
 async def test_what_no_waiting_mends_ends_the_agent_and_says_what_to_do(
     domain: Domain, commands: tuple[str, ...], code: int, remedy: str
