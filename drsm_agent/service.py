@@ -107,9 +107,8 @@ class Agent:
         elif (staleness := self.feed.staleness()) > STALE_AFTER:
             reasons.append(f"MongoDB's change stream has been silent for {staleness:.0f} s")
         elif self.feed.stands_still():
-            reasons.append(
-                f"the position of MongoDB's change stream stood still for {self.feed.standstill():.0f} s: {STILL_ACTION}"
-            )
+            standstill = f"stood still for {self.feed.standstill():.0f} s"
+            reasons.append(f"the position of MongoDB's change stream {standstill}: {STILL_ACTION}")
         if (leaderless := self.leader.leaderless()) > LEADERLESS_TERMS * self._leader_ttl:
             reasons.append(f"nobody has led for {leaderless:.0f} s")
         if self._bus.forbidden:
