@@ -1,5 +1,7 @@
 """What the agent counts and measures, in the Prometheus format. Durations are seconds."""
 
+from math import inf
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter that nobody asked for
@@ -57,5 +59,7 @@ class Metrics:
         self.position_standstill = Gauge(
             "drsm_stream_standstill_seconds", "Since the change stream's position last moved", registry=r
         )
+        for gauge in (self.stream_staleness, self.position_standstill):
+            gauge.set(inf)  # until the first batch: an agent that waits for MongoDB is not fresh
         self.bus_errors = Gauge("drsm_nats_errors", "Errors reported by the NATS connection", registry=r)
         self.bus_reconnects = Gauge("drsm_nats_reconnects", "Reconnects to NATS", registry=r)

@@ -116,6 +116,7 @@ async def test_an_agent_that_starts_before_mongodb_waits_for_it_and_says_so(unus
             assert waiting.startswith("MongoDB is not there yet")
             assert f"127.0.0.1:{port}" in waiting
             assert await answer_of(http, f"{url}/livez", "alive")
+            assert await answer_of(http, f"{url}/metrics", "drsm_stream_staleness_seconds +Inf")
             await start_replica_set(scratch, port=port)
             assert await answer_of(http, f"{url}/readyz", "ready\n") == "ready\n"
             process.send_signal(signal.SIGTERM)
