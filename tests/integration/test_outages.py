@@ -61,6 +61,7 @@ async def demux_equals_mongodb(domain: Domain, demux: Demux) -> None:
 # --- Gone as a whole --------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(120 + OUTAGE_SECONDS)
 async def test_while_mongodb_is_gone_stock_is_issued_and_requests_hear_so_and_nothing_piles_up(
     unused_tcp_port: int,
 ) -> None:
