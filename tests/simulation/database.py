@@ -55,6 +55,8 @@ class Database(MemoryStore):
         self.available = asyncio.Event()
         self.available.set()
         self.calm = False
+        self.late = 0
+        """Writes given up by their clients that will still take effect."""
         self.life = 0
         """Which life of the database this is: a restore begins another."""
         self._in_bulk = False
@@ -92,7 +94,8 @@ class Database(MemoryStore):
         return self._spaces[space].get(key)
 
     def documents(self, space: str) -> list[Document]:
-        return self._documents(space)
+        """To look at only: they are no copies."""
+        return list(self._spaces[space].values())
 
     def _change(self, space: str, key: str, **what: Any) -> None:
         if self._in_bulk and not self.calm and self.chance.random() < self.ties:
@@ -152,6 +155,8 @@ class View:
     async def _way(self) -> None:
         """To the primary, as soon as there is one."""
         await asyncio.sleep(self._database.delay())
+        if not self.cut and self._database.available.is_set():
+            return
         try:
             async with asyncio.timeout(PATIENCE):
                 while self.cut or not self._database.available.is_set():
@@ -176,9 +181,11 @@ class View:
                 delay, life = database.chance.uniform(0, LATE), database.life
 
                 def arrive() -> None:
+                    database.late -= 1
                     if database.life == life:
                         database.node.start(database.apply(writes))
 
+                database.late += 1
                 database.node.later(delay, arrive)
         await asyncio.sleep(database.chance.uniform(0, PATIENCE))
         raise StoreUnavailable("the outcome of a write is unknown")

@@ -18,6 +18,7 @@ from tests.simulation.loop import Node
 
 PATIENCE = 5.0  # seconds of silence after which a client gives its connection up: two pings, 2 s apart
 FLUSH_TIMEOUT = 2.0
+CALM_DELAY = 0.001
 NO_RESPONDERS = {"Status": "503"}
 
 
@@ -55,7 +56,7 @@ class Line:
         if self.cut:
             self._stalled.append(deliver)
             return
-        now = asyncio.get_running_loop().time()
+        now = self._network.node.now()
         at = now + self._network.delay()
         if ordered:
             at = self._free_at = max(at, self._free_at)
@@ -66,6 +67,11 @@ class Line:
             self._stalled.append(deliver)
         else:
             deliver()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is under way that was sent before the weather calmed down, or is held up."""
+        return self._network.node.now() + CALM_DELAY < self._free_at or bool(self._stalled)
 
     def mend(self) -> None:
         self.cut = False
@@ -87,9 +93,9 @@ class Interest:
     known: bool = False
 
     def matches(self, subject: str) -> bool:
-        if self.pattern.endswith(">"):
-            return subject.startswith(self.pattern[:-1])
-        return subject == self.pattern
+        return subject == self.pattern or (
+            self.pattern.endswith(">") and subject.startswith(self.pattern[:-1])
+        )
 
     async def stop(self) -> None:
         self.connection.interests = [kept for kept in self.connection.interests if kept is not self]
@@ -113,7 +119,7 @@ class Network:
 
     def delay(self) -> float:
         if self.calm:
-            return 0.001
+            return CALM_DELAY
         if self.chance.random() < self.weather.slowness:
             return self.chance.uniform(0, self.weather.slow)
         return self.chance.expovariate(1 / self.weather.typical)

@@ -6,12 +6,15 @@ Everything follows from the seed. The agents are `service.Agent`, the pods `drsm
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from drsm_agent import ports, settings
-from drsm_agent.core.documents import DEAD, read_chunk
+from drsm_agent.core.documents import DEAD, Chunk, read_chunk, session_key
+from drsm_agent.core.restore import read_restored
+from drsm_agent.core.table import SESSIONS
+from drsm_agent.core.writes import SETTINGS
 from drsm_agent.errors import AgentError, Misconfigured, StoreUnavailable, leaf
 from drsm_agent.restored import announce_restored
 from drsm_agent.service import Agent, stored_settings
@@ -29,6 +32,8 @@ from drsm_sdk import (
     ambient,
 )
 from drsm_sdk import changes as change
+from drsm_sdk.rpc import Refused, Rpc
+from drsm_sdk.wire import messages as wire
 from drsm_sdk.wire.subjects import Subjects
 from tests.simulation.database import Database, View
 from tests.simulation.loop import Node, VirtualLoop
@@ -42,10 +47,17 @@ RATE = 0.005
 STORM_SECONDS = 40.0
 PEACE_SECONDS = 4.0
 """First everybody gets to work."""
-LOOK_SECONDS = 0.05
-"""How often leases and demuxes are looked at: much more often than either changes for good."""
+LOOK_SECONDS = 0.25
+"""How often leases are looked at: much more often than a lease that was wrongly extended ends."""
 HEALING_SECONDS = 14.0 + ALLOCATION * 1.02 + USAGE_LAG + 15.0
 """The longest freeze, then the longest hold, then what a scan and a claim take."""
+HEALED_LOOK_SECONDS = 0.5
+QUIET_SECONDS = 2.5
+"""For so long all must be well before the judgement: longer than a pod waits between renewals."""
+WAIT_MOST = 2.5
+"""An allocation waits two seconds at most."""
+COUNT_SECONDS = 2.0
+"""Before a pod that was stopped just now is declared dead, all that is free must have been granted."""
 
 
 class AgentChance(ports.Chance):
@@ -107,6 +119,8 @@ class Profile:
     leaders: tuple[float, ...] = (LEADER,)
     restores: bool = False
     """The database is restored from a backup, once."""
+    block_bits: tuple[int, ...] = (4, 5, 6)
+    """Of ids of 10 bits: 64, 32 or 16 chunks are plenty, or hardly enough."""
 
 
 ANY = Profile()
@@ -180,7 +194,7 @@ class World:
     ) -> None:
         self.loop, self.seed, self.profile = loop, seed, profile
         self.chance = random.Random(seed)
-        self.block_bits = self.chance.choice([4, 5, 6])  # 64, 32 or 16 chunks: plenty, or hardly enough
+        self.block_bits = self.chance.choice(profile.block_bits)
         self.settings = self._settings(
             profile.livenesses[0], profile.allocations[0], profile.leaders[0], profile.usage_lag, revision=1
         )
@@ -209,6 +223,7 @@ class World:
         self._buried: list[Node] = []
         self._alarms = 0
         self._restoring = False
+        self._restore: asyncio.Task[None] | None = None
         self._names = [f"amf-{i}" for i in range(profile.pods)]
         self.stops = self._chosen(profile.stops, 0.0, 0.0, 1e-3, 3e-3)
 
@@ -223,16 +238,7 @@ class World:
             mongo_url="mongodb://simulated/?replicaSet=rs0",
             mongo_database="simulated",
             subject_prefix="drsm",
-            pools=[
-                {
-                    "name": POOL,
-                    "bits": 10,
-                    "block_bits": self.block_bits,
-                    "slots": 12,
-                    "usage_lag_ms": round(usage_lag * 1000),
-                    "revision": revision,
-                }
-            ],
+            pools=[self._pool(usage_lag, revision)],
             liveness_ttl=liveness,
             allocation_ttl=allocation,
             leader_ttl=leader,
@@ -240,6 +246,17 @@ class World:
             http_port=0,
             agent_id="agent",
         )
+
+    def _pool(self, usage_lag: float, revision: int) -> dict[str, Any]:
+        """The definition of the pool that everybody uses."""
+        return {
+            "name": POOL,
+            "bits": 10,
+            "block_bits": self.block_bits,
+            "slots": 12,
+            "usage_lag_ms": round(usage_lag * 1000),
+            "revision": revision,
+        }
 
     def _weather(self) -> Weather:
         chance = self.chance
@@ -269,15 +286,16 @@ class World:
         self.node.start(self._guard(self._watch_leases()))
         storm = self.node.start(self._guard(self._storm()))
         if self.profile.restores:
-            self.node.start(self._guard(self._lose_time()))
+            self._restore = self.node.start(self._guard(self._lose_time()))
         await self._until_failed(STORM_SECONDS)
         storm.cancel()
         self._calm_down()
         longer = max(self.profile.allocations) - ALLOCATION
         slower = 1 + 2 * (self.profile.clocks or 0.0)
-        await self._until_failed(HEALING_SECONDS * slower + self.profile.usage_lag + max(longer, 0.0))
+        await self._until_healed(HEALING_SECONDS * slower + self.profile.usage_lag + max(longer, 0.0))
         await self._until_demuxes_agree()
         self._judge()
+        await self._count_the_free()
 
     @property
     def alarms(self) -> int:
@@ -528,10 +546,9 @@ class World:
     async def _demux(self, actor: DemuxActor) -> None:
         async with actor.demux as demux:
             mirror = demux._mirror
-            while True:
+            async for _ in demux.events():
                 table = (len(mirror), mirror.checksum)
                 self.observer.demux_holds(actor.machine.name, mirror.history, mirror.version, table)
-                await asyncio.sleep(LOOK_SECONDS)
 
     async def _guard(self, work: Awaitable[None]) -> None:
         """Whatever ends an actor by itself ends the world."""
@@ -727,6 +744,29 @@ class World:
         for connection in list(self.network.connections):
             connection._mend()
 
+    async def _until_healed(self, most: float) -> None:
+        """Until all that the judgement demands has held for a while, at most so many seconds."""
+        deadline, quiet_since = self.loop.time() + most, float("inf")
+        while (now := self.loop.time()) < deadline and now - quiet_since < QUIET_SECONDS:
+            healed = not self._unsettled() and not any(True for _ in self._faults())
+            quiet_since = min(quiet_since, now) if healed else float("inf")
+            await self._until_failed(HEALED_LOOK_SECONDS)
+
+    def _unsettled(self) -> bool:
+        """Whether something that the storm has begun is still to come."""
+        restored = read_restored(self.database.documents(SETTINGS))
+        return (
+            len(self.pods) < self.numbers[0]
+            or len(self.agents) < self.numbers[1]
+            or any(pod.closing for pod in self.pods)
+            or any(agent.settings is not self.settings for agent in self.agents)
+            or any(machine.node.stopped for machine in self._machines())
+            or any(line.busy for one in self.network.connections for line in (one.to_server, one.to_client))
+            or self.database.late > 0
+            or (self._restore is not None and not self._restore.done())
+            or (restored is not None and restored.open)
+        )
+
     async def _until_demuxes_agree(self) -> None:
         """Pods go on working: an event may be under way at any one moment, but not for long."""
         for _ in range(100):
@@ -734,40 +774,89 @@ class World:
                 return
             await asyncio.sleep(0.02)
 
+    def _table(self) -> dict[int, Chunk]:
+        """Every chunk that the database has."""
+        chunks = map(read_chunk, self.database.documents(POOL))
+        return {chunk.n: chunk for chunk in chunks if chunk is not None}
+
     def _truth(self) -> dict[int, tuple[str, int]]:
-        chunks = [read_chunk(document) for document in self.database.documents(POOL)]
-        return {chunk.n: chunk.owner.key for chunk in chunks if chunk is not None}
+        return {n: chunk.owner.key for n, chunk in self._table().items()}
 
     @staticmethod
     def _held(actor: DemuxActor) -> dict[int, tuple[str, int]]:
         return {n: owner.key for n, owner in actor.demux.chunks().items()}
 
     def _judge(self) -> None:
-        """Once everything has healed: G3, G5, nothing leaked, nobody waits."""
-        observer, documents = self.observer, self.database.documents(POOL)
-        sessions = {
-            (document["_id"].rpartition(":")[0], int(document["_id"].rpartition(":")[2])): document
-            for document in self.database.documents("drsm_sessions")
+        """Once everything has healed: G3, G5, nobody waits."""
+        for guarantee, what in self._faults():
+            self.observer.broken(guarantee, what)
+
+    def _faults(self) -> Iterator[tuple[str, str]]:
+        """What must not be once everything has healed: the guarantee, and what is the matter."""
+        for pod in self.pods:
+            if not pod.left and pod.drsm.state != "live":
+                yield "G6", f"{pod.machine.name} is {pod.drsm.state}"
+            if pod.waiting_since is not None and self.loop.time() - pod.waiting_since > WAIT_MOST:
+                yield "G6", f"{pod.machine.name} has waited since {pod.waiting_since:.1f}"
+        dead = {
+            document["_id"] for document in self.database.documents(SESSIONS) if document["state"] == DEAD
         }
-        table = {chunk.n: chunk for chunk in map(read_chunk, documents) if chunk is not None}
-        for n, chunk in sorted(table.items()):
-            owner = chunk.owner.key
-            session = sessions.get(owner)
-            if session is None or session["state"] == DEAD:
-                observer.broken("G3", f"chunk {n} still belongs to {owner}, which is dead")
+        sessions = {document["_id"] for document in self.database.documents(SESSIONS)}
+        for n, chunk in sorted(self._table().items()):
+            key = session_key(*chunk.owner.key)
+            if key in dead or key not in sessions:
+                yield "G3", f"chunk {n} still belongs to {key}, which is dead"
             if chunk.marked:
-                observer.broken("G3", f"chunk {n} of {owner} is still marked")
+                yield "G3", f"chunk {n} of {key} is still marked"
         truth = self._truth()
         for actor in self.demuxes:
             held = self._held(actor)
             if held != truth or not actor.demux.synced:
                 differs = sorted(set(held.items()) ^ set(truth.items()))
-                observer.broken("G5", f"{actor.machine.name} differs from the database: {differs}")
+                yield "G5", f"{actor.machine.name} differs from the database: {differs}"
+
+    async def _count_the_free(self) -> None:
+        """Every chunk is owned or free, none is lost: with all pods stopped, one that takes all that is
+        granted gets every chunk that the database does not have."""
         for pod in self.pods:
-            if not pod.left and pod.drsm.state != "live":
-                observer.broken("G6", f"{pod.machine.name} is {pod.drsm.state}")
-            if pod.waiting_since is not None and self.loop.time() - pod.waiting_since > 5.0:
-                observer.broken("G6", f"{pod.machine.name} has waited since {pod.waiting_since:.1f}")
+            pod.machine.node.freeze()
+        taker = Taker(self.network, self._machine("taker"))
+        self._buried.append(taker.machine.node)
+        taker.machine.node.start(self._guard(taker.take_all()))
+        await asyncio.sleep(0)
+        capacity, deadline = self.settings.definitions[POOL].capacity, self.loop.time() + COUNT_SECONDS
+        while missing := sorted(set(range(capacity)) - self._table().keys()):
+            if self.loop.time() >= deadline:
+                self.observer.broken("G3", f"nobody owns chunks {missing}, and they are not granted")
+            await self._until_failed(0.05)
+
+
+class Taker:
+    """A pod that does nothing but take every chunk there is."""
+
+    def __init__(self, network: Network, machine: Machine) -> None:
+        self.machine = machine
+        self._transport = PodTransport(network, machine.node)
+        self._chance = ambient.Chance(machine.chance)
+        self._rpc = Rpc(self._transport, machine.clock, self._chance)
+        self._subjects = Subjects("drsm")
+
+    async def take_all(self) -> None:
+        await self._transport.connect(COUNT_SECONDS)
+        pod = wire.PodRef(self.machine.name, "10.0.0.1", "i")
+        request = wire.Open(pod, (POOL,), self._chance.token())
+        opened = await self._rpc.call(self._subjects.session("open"), request, wire.Opened, COUNT_SECONDS)
+        subject = self._subjects.pool(POOL, "acquire")
+        while True:
+            wanted = wire.Acquire(
+                pod.name, opened.body.incarnation, wire.ACQUIRE_COUNT_MAX, self._chance.token()
+            )
+            try:
+                await self._rpc.call(subject, wanted, wire.Acquired, COUNT_SECONDS)
+            except Refused as refused:
+                if not isinstance(refused.error, PoolExhausted):
+                    raise
+                await asyncio.sleep(0.1)  # what is given back just now is free in a moment
 
 
 class _Left(Exception):
