@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from drsm_agent.core.documents import DEAD, read_chunk
+from drsm_agent.core.documents import DEAD, read_chunk, session_key
 from drsm_agent.core.table import Change
 from drsm_sdk.wire import checksum, codec
 from drsm_sdk.wire import messages as m
@@ -29,6 +29,15 @@ class Issue:
     grant: str
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request, and when the server had it."""
+
+    subject: str
+    at: float
+    body: dict[str, Any]
+
+
 @dataclass
 class Observer:
     """Sees every write, every message at the server, and every id that is issued."""
@@ -50,12 +59,14 @@ class Observer:
     """Seconds for which a living pod may still count on not being declared dead."""
     may_issue: Callable[[Key], bool] = lambda owner: True
     """Whether an incarnation counts on its allocation lease, whatever the database says."""
-    holds: Callable[[Key, int], bool] = lambda owner, n: True
-    """Whether a living pod holds a chunk, whatever the database says."""
+    holds: Callable[[Key, int, str], bool] = lambda owner, n, grant: True
+    """Whether a living pod holds a chunk by a grant (by whichever when empty), whatever the database says."""
     was_restored: bool = False
     _announced: set[tuple[int, str, int]] = field(default_factory=set)
     _issuers: dict[int, list[tuple[Key, str]]] = field(default_factory=lambda: defaultdict(list))
     _table: dict[int, Key] = field(default_factory=dict)
+    _grants: dict[int, str] = field(default_factory=dict)
+    _mirrors: dict[str, int] = field(default_factory=dict)
     _sums: dict[int, set[tuple[int, int]]] = field(default_factory=lambda: defaultdict(set))
     _sum: int = 0
     _histories: set[str] = field(default_factory=set)
@@ -63,7 +74,8 @@ class Observer:
     _lost_sums: dict[int, set[tuple[int, int]]] = field(default_factory=dict)
     _dead_at: dict[int, float] = field(default_factory=dict)
     _expired: set[int] = field(default_factory=set)
-    _asked: dict[str, tuple[int, float, str]] = field(default_factory=dict)
+    _asked: dict[str, "Asked"] = field(default_factory=dict)
+    _answered: dict[tuple[str, str], Any] = field(default_factory=dict)
     _versions: dict[str, tuple[str, m.Version]] = field(default_factory=dict)
 
     def note(self, who: str, what: str) -> None:
@@ -100,7 +112,7 @@ class Observer:
     def _forgotten(self, owner: Key, n: int) -> bool:
         """What was issued in the time that a restore has lost nobody can know, if its owner was not heard of
         since for so long that it may not issue any more, or has let go of the chunk."""
-        return self.was_restored and not (self.may_issue(owner) and self.holds(owner, n))
+        return self.was_restored and not (self.may_issue(owner) and self.holds(owner, n, ""))
 
     def release(self, id_: int, issue: Issue) -> None:
         if self.in_use.get(id_) is issue:
@@ -113,16 +125,18 @@ class Observer:
             self._session_changed(change)
         elif change.space == POOL and change.key.startswith("chunkid-"):
             self._chunk_changed(change)
+        elif change.space == POOL:
+            self._mirror_changed(change)
 
     def restored(self) -> None:
         """The database is what it was at its backup: what it has forgotten, has not happened."""
         self.was_restored = True
-        self._table, self._sum = {}, 0
+        self._table, self._sum, self._grants, self._answered = {}, 0, {}, {}
         self._lost_sums, self._sums = self._sums, defaultdict(set)
         self._lost_histories = set(self._histories)
         for chunk in map(read_chunk, self.database.documents(POOL)):
             if chunk is not None:
-                self._table[chunk.n] = chunk.owner.key
+                self._table[chunk.n], self._grants[chunk.n] = chunk.owner.key, chunk.grant
                 self._sum += checksum.ownership(chunk.n, *chunk.owner.key)
         dead = {
             int(document["_id"].rpartition(":")[2])
@@ -146,13 +160,15 @@ class Observer:
     def _chunk_changed(self, change: Change) -> None:
         n = int(change.key.removeprefix("chunkid-"))
         document = self.database.document(POOL, change.key)
-        former = self._table.pop(n, None)
+        former, grant = self._table.pop(n, None), self._grants.pop(n, "")
         if former is not None:
             self._sum -= checksum.ownership(n, *former)
         chunk = read_chunk(document) if document is not None else None
+        if chunk is None and former is not None and self.holds(former, n, grant):
+            self.broken("G1", f"chunk {n} was released while {former} holds it by grant {grant}")
         if chunk is not None:
             owner = chunk.owner.key
-            self._table[n] = owner
+            self._table[n], self._grants[n] = owner, chunk.grant
             self._sum += checksum.ownership(n, *owner)
             if former is not None and former != owner:
                 self._claimed(n, former, owner)
@@ -164,20 +180,29 @@ class Observer:
             "mongodb",
             f"chunk {n} of {former[0]}:{former[1] & 0xFFFF} claimed by {owner[0]}:{owner[1] & 0xFFFF}",
         )
-        if former[1] not in self._dead_at and (not self.was_restored or self.holds(former, n)):
+        if former[1] not in self._dead_at and (not self.was_restored or self.holds(former, n, "")):
             self.broken("G2", f"chunk {n} was taken from {former}, whose session lives")
 
-    # --- the server (G4, G5, R2) ------------------------------------------------------------------
+    def _mirror_changed(self, change: Change) -> None:
+        """What Go pods take for a sign of life stays as long as the session that it mirrors."""
+        incarnation = self._mirrors.pop(change.key, None)
+        document = self.database.document(POOL, change.key)
+        if document is not None:
+            self._mirrors[change.key] = document["drsm"]["incarnation"]
+        elif incarnation is not None and not self.was_restored:
+            session = self.database.document("drsm_sessions", session_key(change.key, incarnation))
+            if session is not None and session["state"] != DEAD:
+                self.broken("G2", f"the keepalive of {change.key}:{incarnation}, which lives, was deleted")
+
+    # --- the server (G4, G5, R2, R5) ------------------------------------------------------------------
 
     def heard(self, packet: Packet) -> None:
         if packet.subject.startswith(f"{self.subjects.prefix}.evt."):
             self._event(packet)
         elif packet.reply and packet.subject.startswith(f"{self.subjects.prefix}.rpc."):
-            body = codec.decode(packet.data)
-            if isinstance(incarnation := body.get("incarnation"), int):
-                self._asked[packet.reply] = (incarnation, self.clock(), packet.subject)
-        elif packet.subject in self._asked:
-            self._answer(packet)
+            self._asked[packet.reply] = Asked(packet.subject, self.clock(), codec.decode(packet.data))
+        elif asked := self._asked.get(packet.subject):
+            self._answer(asked, packet)
 
     def _event(self, packet: Packet) -> None:
         kind = m.EVENT_KINDS[self.subjects.event_verb(packet.subject)]
@@ -192,13 +217,36 @@ class Observer:
             case m.Reset():  # consumers take a snapshot now, and it has all of these
                 self._announced |= {(n, *owner) for n, owner in self._table.items()}
 
-    def _answer(self, packet: Packet) -> None:
-        incarnation, asked_at, subject = self._asked.pop(packet.subject)
+    def _answer(self, asked: "Asked", packet: Packet) -> None:
         if m.ERROR_HEADER in packet.headers or packet.headers.get("Status"):
             return
-        dead_at = self._dead_at.get(incarnation)
-        if dead_at is not None and dead_at < asked_at and not subject.endswith(("close", "report")):
-            self.broken("R5", f"{subject} of incarnation {incarnation} succeeded after its death")
+        incarnation = asked.body.get("incarnation")
+        dead_at = self._dead_at.get(incarnation) if isinstance(incarnation, int) else None
+        if dead_at is not None and dead_at < asked.at and not asked.subject.endswith(("close", "report")):
+            self.broken("R5", f"{asked.subject} of incarnation {incarnation} succeeded after its death")
+        if asked.subject.endswith(".session.open"):
+            self._opened(asked, codec.decode(packet.data)["incarnation"])
+        elif asked.subject.endswith(".acquire"):
+            self._acquired(asked, [(n, grant) for n, grant in codec.decode(packet.data)["chunks"]])
+
+    # --- repeats ----------------------------------------------------------------------------------
+
+    def _opened(self, asked: "Asked", incarnation: int) -> None:
+        """An `open` that is repeated opens nothing new."""
+        request = asked.body["pod"]["name"], asked.body["request_id"]
+        if (first := self._answered.setdefault(request, incarnation)) != incarnation:
+            self.broken(
+                "repeats", f"open {request} was answered with incarnation {incarnation}, after {first}"
+            )
+
+    def _acquired(self, asked: "Asked", chunks: list[tuple[int, str]]) -> None:
+        """Nor does an `acquire` grant anything new, as long as its pod still has something of the first."""
+        owner = asked.body["pod"], asked.body["incarnation"]
+        request = owner[0], asked.body["request_id"]
+        first = self._answered.setdefault(request, chunks)
+        still = [(n, g) for n, g in first if self._table.get(n) == owner and self._grants.get(n) == g]
+        if still and not set(first) & set(chunks):
+            self.broken("repeats", f"acquire {request} was answered with {chunks}, after {first}")
 
     def spoke(self, agent: str, subject: str, *, leads: bool) -> None:
         """An agent sends an event or an answer."""

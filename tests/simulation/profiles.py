@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from tests.simulation.network import Weather
-from tests.simulation.world import ANY, Profile
+from tests.simulation.world import ANY, Application, Profile
 
 PARTITIONS = Profile(
     "partitions",
@@ -163,6 +163,58 @@ SHRINKING = Profile(
 )
 """`A` becomes smaller while pods are cut off that were promised the larger one."""
 
+SCARCE = Profile(
+    "scarce",
+    faults={"cut_demux": 1},
+    weather=Weather(),
+    doubt=0.4,
+    doubtful="amfid",
+    fates=("late",),
+    lag=0.0,
+    stops=0.0,
+    pods=2,
+    block_bits=(7,),
+    application=Application(pauses=(1.0,), at_once=60, lets_go=0.5),
+    idle=0.5,
+    ahead=2.0,
+)
+"""Eight chunks and two pods, which soon get back what they gave away, while writes come late."""
+
+TAKE_OVERS = replace(
+    RECONNECTS, name="take-overs", faults={"kill_agent": 3, "restart_nats": 2, "cut_agent": 3}
+)
+"""New leaders whose connections break just when they begin."""
+
+ABSENCES = Profile(
+    "absences",
+    faults={"cut_pod": 4},
+    weather=Weather(),
+    doubt=0.5,
+    doubtful="amfid",
+    fates=("late",),
+    lag=0.0,
+    stops=0.0,
+    cuts=(13.0, 17.0),
+    pace=1.5,
+    pods=5,
+    allocations=(4.0,),
+    usage_lag=0.2,
+)
+"""Pods that are away for so long that what reminds of them is deleted, just when they come back."""
+
+NAMESAKES = Profile(
+    "namesakes",
+    faults={"cut_pod": 4, "close_pod": 2, "kill_pod": 1},
+    weather=Weather(slow=6.0, slowness=0.02, doubling=0.3, reordering=0.3),
+    doubt=0.0,
+    lag=0.0,
+    stops=0.0,
+    pace=1.5,
+    pods=5,
+    usage_lag=0.0,
+)
+"""Messages about a pod that come when another one of its name lives."""
+
 PROFILES = {
     profile.name: profile
     for profile in (
@@ -186,5 +238,9 @@ PROFILES = {
         RESTORES,
         RETURNING,
         SHRINKING,
+        SCARCE,
+        TAKE_OVERS,
+        ABSENCES,
+        NAMESAKES,
     )
 }

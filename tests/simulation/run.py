@@ -11,14 +11,11 @@ from unittest.mock import patch
 import structlog
 
 from drsm_agent.core import lease
-from drsm_sdk import supply
+from drsm_sdk import demand, supply
 from tests.simulation.loop import Spinning, Stuck, VirtualLoop
 from tests.simulation.loop import run as run_loop
 from tests.simulation.profiles import PROFILES
 from tests.simulation.world import ANY, Profile, World
-
-IDLE = 3.0
-"""Seconds that a chunk stays empty before it goes back: in the storm's minute it shall happen often."""
 
 Run = tuple[int, str]
 """A seed and the name of a profile."""
@@ -61,7 +58,12 @@ def simulate(seed: int, profile: Profile = ANY) -> Outcome:
             await world.end()
 
     error: BaseException | None = None
-    with quiet(), patch.object(lease, "RATE", profile.rate), patch.object(supply, "IDLE", IDLE):
+    with (
+        quiet(),
+        patch.object(lease, "RATE", profile.rate),
+        patch.object(supply, "IDLE", profile.idle),
+        patch.object(demand, "AHEAD", profile.ahead),
+    ):
         try:
             run_loop(live())
         except (AssertionError, Exception, Spinning, Stuck) as failure:

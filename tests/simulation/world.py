@@ -30,6 +30,7 @@ from drsm_sdk import (
     PoolExhausted,
     SessionLost,
     ambient,
+    demand,
 )
 from drsm_sdk import changes as change
 from drsm_sdk.rpc import Refused, Rpc
@@ -92,6 +93,16 @@ FAULTS = (
 
 
 @dataclass(frozen=True, slots=True)
+class Application:
+    """How pods use their pool: they take up to so many ids at once, `lets_go` is the probability that they
+    then give all back at once, and `pauses` are the seconds between, on average."""
+
+    pauses: tuple[float, ...] = (0.05, 0.2, 1.0)
+    at_once: int = 4
+    lets_go: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
     """What a seed may bring. None: the seed chooses."""
 
@@ -121,6 +132,11 @@ class Profile:
     """The database is restored from a backup, once."""
     block_bits: tuple[int, ...] = (4, 5, 6)
     """Of ids of 10 bits: 64, 32 or 16 chunks are plenty, or hardly enough."""
+    application: Application = Application()
+    idle: float = 3.0
+    """Seconds that a chunk stays empty before it goes back: in the storm's minute it shall happen often."""
+    ahead: float = demand.AHEAD
+    """Seconds that a pod's stock should last."""
 
 
 ANY = Profile()
@@ -347,11 +363,11 @@ class World:
             for pod in self.pods
         )
 
-    def _holds(self, owner: tuple[str, int], n: int) -> bool:
+    def _holds(self, owner: tuple[str, int], n: int, grant: str) -> bool:
         for pod in self.pods:
             life, member = pod.drsm._session.life, pod.drsm._session.members.get(POOL)
             if life is not None and member is not None and (pod.machine.name, life.incarnation) == owner:
-                return any(held == n for held, *_ in member.holdings())
+                return any(held == n and grant in {"", by} for held, by, _ in member.holdings())
         return False
 
     async def _watch_leases(self) -> None:
@@ -459,16 +475,17 @@ class World:
 
     async def _work(self, actor: PodActor, drsm: Drsm, pool: Any) -> None:
         chance = random.Random(self.chance.getrandbits(64))
-        eager = chance.choice([0.05, 0.2, 1.0])
+        application = self.profile.application
+        pause = chance.choice(application.pauses)
         while not actor.closing:
-            for _ in range(chance.randint(0, 4)):
+            for _ in range(chance.randint(0, application.at_once)):
                 await self._allocate(actor, drsm, pool, chance)
             for id_ in [id_ for id_ in actor.mine if chance.random() < 0.3]:
                 self._release(actor, pool, id_)
-            if chance.random() < 0.05:  # everything at once, so that chunks become empty
+            if chance.random() < application.lets_go:  # everything at once, so that chunks become empty
                 for id_ in list(actor.mine):
                     self._release(actor, pool, id_)
-            await asyncio.sleep(chance.expovariate(1 / eager))
+            await asyncio.sleep(chance.expovariate(1 / pause))
 
     async def _allocate(self, actor: PodActor, drsm: Drsm, pool: Any, chance: random.Random) -> None:
         actor.waiting_since = self.loop.time()
