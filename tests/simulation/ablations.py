@@ -4,6 +4,7 @@ A patch replaces one function by the same without its safeguard; everything else
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +13,8 @@ from unittest.mock import patch
 
 from drsm_agent import reaper, requests
 from drsm_agent.core import election, writes
-from drsm_agent.core.documents import Document, chunk_key
+from drsm_agent.core.documents import Document, Session, chunk_key
+from drsm_agent.core.numbers import FreeNumbers
 from drsm_agent.core.placement import hold_ms
 from drsm_agent.core.session import LivenessLeases
 from drsm_agent.errors import BusUnavailable
@@ -23,11 +25,13 @@ from drsm_agent.relay import Relay
 from drsm_agent.requests import Requests
 from drsm_agent.restorer import Restorer
 from drsm_sdk import PoolEmpty
+from drsm_sdk import pool as sdk_pool
 from drsm_sdk.mirror import Mirror
 from drsm_sdk.pool import Pool
 from drsm_sdk.rpc import Rpc
 from drsm_sdk.stock import Stock
 from tests.simulation.profiles import (
+    ABSENCES,
     CLOCKS,
     INHERITANCE,
     LAGGING,
@@ -37,15 +41,18 @@ from tests.simulation.profiles import (
     LATE_WRITES,
     LEADERS,
     LOSSES,
+    NAMESAKES,
     PARTITIONS,
     RECONNECTS,
+    RESTLESS,
     RESTORES,
     RETURNING,
+    SCARCE,
     SHRINKING,
     SLOW_TO_SHOW,
     STOPS,
 )
-from tests.simulation.world import Profile
+from tests.simulation.world import ANY, Profile
 
 Patch = tuple[Any, str, Any]
 
@@ -99,6 +106,17 @@ def _without_gap_check(self: Mirror, head: Any, body: Any) -> Any:
     return _apply(self, replace(head, prev=min(head.prev, self.version)), body)
 
 
+class _Any:
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = object.__hash__
+
+
+def _name_only(ref: Any) -> tuple[str, Any]:
+    return ref.name, _Any()
+
+
 # --- The agent --------------------------------------------------------------------------------------
 
 
@@ -112,6 +130,51 @@ def _without_usage_lag(orphan: Any, former: Any, allocation_ms: int, _usage_lag_
 
 def _only_the_number(chunk: Any) -> Document:
     return {"_id": chunk_key(chunk.n)}
+
+
+_chunk_guard, _mirror_guard = writes._chunk_guard, writes._mirror_guard
+
+
+def _without(guard: Document, *names: str) -> Document:
+    return {name: value for name, value in guard.items() if name not in names}
+
+
+def _pod_as_seen(chunk: Any) -> Document:
+    return _without(_chunk_guard(chunk), "drsm.incarnation", "drsm.grant")
+
+
+def _whatever_the_grant(chunk: Any) -> Document:
+    return _without(_chunk_guard(chunk), "drsm.grant")
+
+
+def _mirror_of_the_name(owner: Any) -> Document:
+    return _without(_mirror_guard(owner), "drsm.incarnation")
+
+
+_wanted, _new_session, _numbers = requests._Wanted, Requests._new_session, itertools.count()
+
+
+def _wanted_anew(owner: Any, count: int, _: str) -> Any:
+    return _wanted(owner, count, f"another-{next(_numbers)}")
+
+
+def _opened_anew(self: Requests, request: Any) -> Session:
+    return replace(_new_session(self, request), request_id=f"another-{next(_numbers)}")
+
+
+_publish_log = Relay.publish_log
+
+
+async def _taken_for_published(self: Relay, above: Any = None) -> None:
+    if above is None:
+        await _publish_log(self)
+    while entries := list(self._state.log):
+        self._settle(entries)
+        self._feed.shorten(self._state, entries[-1].index)
+
+
+async def _at_once(self: Relay) -> None:
+    """Nothing is waited for."""
 
 
 def _no_check(self: Lead) -> None:
@@ -130,7 +193,7 @@ def _no_grace(self: Leader, table: Any) -> Any:
 
 def _death_without_term(pod: str, incarnation: int, reason: str, term: int) -> writes.Update:
     guarded = _end_session(pod, incarnation, reason, term)
-    return replace(guarded, where={name: value for name, value in guarded.where.items() if name != "term"})
+    return replace(guarded, where=_without(guarded.where, "term"))
 
 
 _end_session = writes.end_session
@@ -271,5 +334,50 @@ ABLATIONS: tuple[Ablation, ...] = (
     ),
     Ablation(
         "claims do not look at the owner", "G2", LATE_CLAIMS, ((writes, "_chunk_guard", _only_the_number),)
+    ),
+    Ablation(
+        "guards look at the pod, not at its incarnation and grant",
+        "G2",
+        LATE_CLAIMS,
+        ((writes, "_chunk_guard", _pod_as_seen),),
+        hint=1,
+    ),
+    Ablation(
+        "guards do not look at the grant", "G1", SCARCE, ((writes, "_chunk_guard", _whatever_the_grant),)
+    ),
+    Ablation(
+        "the guard of a keepalive does not look at the incarnation",
+        "death in steps",
+        ABSENCES,
+        ((writes, "_mirror_guard", _mirror_of_the_name),),
+        hint=8,
+    ),
+    Ablation(
+        "a pod takes events of its name for its own",
+        "G3",
+        NAMESAKES,
+        ((sdk_pool, "_key", _name_only),),
+        hint=1,
+    ),
+    Ablation(
+        "a repeated acquire is a new one", "repeats", LOSSES, ((requests, "_Wanted", _wanted_anew),), hint=8
+    ),
+    Ablation(
+        "a repeated open is a new one", "repeats", LOSSES, ((Requests, "_new_session", _opened_anew),), hint=4
+    ),
+    Ablation(
+        "a new leader publishes nothing of what the old one left",
+        "R6",
+        LEADERS,
+        ((Relay, "publish_log", _taken_for_published),),
+        hint=18,
+    ),
+    Ablation("answers before the event is out", "G4", RESTLESS, ((Relay, "caught_up", _at_once),)),
+    Ablation(
+        "a number that was given back is not granted again",
+        "G3",
+        ANY,
+        ((FreeNumbers, "freed", lambda *_: None),),
+        hint=2,
     ),
 )

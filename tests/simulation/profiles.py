@@ -163,6 +163,8 @@ SHRINKING = Profile(
 )
 """`A` becomes smaller while pods are cut off that were promised the larger one."""
 
+BURSTS = Application(pauses=(0.5, 1.0), at_once=60, lets_go=0.5)
+
 SCARCE = Profile(
     "scarce",
     faults={"cut_demux": 1},
@@ -174,16 +176,26 @@ SCARCE = Profile(
     stops=0.0,
     pods=2,
     block_bits=(7,),
-    application=Application(pauses=(1.0,), at_once=60, lets_go=0.5),
+    application=BURSTS,
     idle=0.5,
     ahead=2.0,
 )
 """Eight chunks and two pods, which soon get back what they gave away, while writes come late."""
 
-TAKE_OVERS = replace(
-    RECONNECTS, name="take-overs", faults={"kill_agent": 3, "restart_nats": 2, "cut_agent": 3}
+RESTLESS = Profile(
+    "restless",
+    faults={"restart_nats": 4, "cut_agent": 3, "kill_agent": 1},
+    weather=Weather(typical=0.05),
+    doubt=0.0,
+    lag=0.0,
+    stops=0.0,
+    pace=1.0,
+    pods=4,
+    application=BURSTS,
+    idle=0.5,
+    ahead=2.0,
 )
-"""New leaders whose connections break just when they begin."""
+"""Chunks are asked for and given back all the time, while connections break."""
 
 ABSENCES = Profile(
     "absences",
@@ -239,7 +251,7 @@ PROFILES = {
         RETURNING,
         SHRINKING,
         SCARCE,
-        TAKE_OVERS,
+        RESTLESS,
         ABSENCES,
         NAMESAKES,
     )

@@ -815,13 +815,11 @@ class World:
                 yield "G6", f"{pod.machine.name} is {pod.drsm.state}"
             if pod.waiting_since is not None and self.loop.time() - pod.waiting_since > WAIT_MOST:
                 yield "G6", f"{pod.machine.name} has waited since {pod.waiting_since:.1f}"
-        dead = {
-            document["_id"] for document in self.database.documents(SESSIONS) if document["state"] == DEAD
-        }
-        sessions = {document["_id"] for document in self.database.documents(SESSIONS)}
+        documents = self.database.documents(SESSIONS)
+        alive = {document["_id"] for document in documents if document["state"] != DEAD}
         for n, chunk in sorted(self._table().items()):
             key = session_key(*chunk.owner.key)
-            if key in dead or key not in sessions:
+            if key not in alive:
                 yield "G3", f"chunk {n} still belongs to {key}, which is dead"
             if chunk.marked:
                 yield "G3", f"chunk {n} of {key} is still marked"
