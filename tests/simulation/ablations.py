@@ -254,17 +254,17 @@ ABLATIONS: tuple[Ablation, ...] = (
         "4",
         SHRINKING,
         ((reaper, "hold_ms", _as_promised_today),),
-        hint=14,
+        hint=6,
     ),
     Ablation(
         "leases go on at once after a restore",
         "G1",
         RETURNING,
         ((Restorer, "may_issue", lambda *_, **__: True),),
-        hint=288,
+        hint=6,
     ),
     Ablation(
-        "grants go on at once after a restore", "G1", RESTORES, ((Grants, "left", lambda _: 0.0),), hint=48
+        "grants go on at once after a restore", "G1", RESTORES, ((Grants, "left", lambda _: 0.0),), hint=1
     ),
     Ablation(
         "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=145
@@ -274,7 +274,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "4",
         INHERITANCE,
         ((reaper, "hold_ms", _unmarked_when_closed),),
-        hint=94,
+        hint=9,
     ),
     Ablation(
         "a release during the hold counts",
@@ -284,26 +284,26 @@ ABLATIONS: tuple[Ablation, ...] = (
         hint=2,
     ),
     Ablation(
-        "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=55
+        "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=1
     ),
     Ablation(
         "the holder's durations are not shortened",
         "R1",
         CLOCKS,
         ((requests, "holder_duration", _whole), (election, "holder_duration", _whole)),
-        hint=1,
+        hint=2,
     ),
     Ablation(
         "no second look at the lease after taking an id",
         "R4",
         STOPS,
         ((Pool, "allocate_nowait", _without_second_check),),
-        hint=2,
+        hint=0,
     ),
     Ablation("a demux does not look for gaps", "G5", LOSSES, ((Mirror, "apply", _without_gap_check),)),
     Ablation("a leader speaks without a lead", "R2", LEADERS, ((Lead, "check", _no_check),)),
     Ablation(
-        "no grace after a change of leader", "R6", LEADERS, ((Leader, "_full_leases", _no_grace),), hint=0
+        "no grace after a change of leader", "R6", LEADERS, ((Leader, "_full_leases", _no_grace),), hint=2
     ),
     Ablation(
         "a death is written whatever the term",
@@ -312,7 +312,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         ((writes, "end_session", _death_without_term),),
         hint=13,
     ),
-    Ablation("no stamp before answering", "R5", LEADERS, ((Leader, "_stamp", _no_stamp),), hint=211),
+    Ablation("no stamp before answering", "R5", LEADERS, ((Leader, "_stamp", _no_stamp),), hint=17),
     Ablation(
         "answers before the table has passed the stamp",
         "R6",
@@ -328,7 +328,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         hint=24,
     ),
     Ablation("no hold", "4", PARTITIONS, ((reaper, "hold_ms", lambda *_: 0),), hint=9),
-    Ablation("events are not confirmed", "G4", RECONNECTS, ((Relay, "_delivered", _unconfirmed),), hint=15),
+    Ablation("events are not confirmed", "G4", RECONNECTS, ((Relay, "_delivered", _unconfirmed),), hint=8),
     Ablation(
         "a hold without W", "section 4", SLOW_TO_SHOW, ((reaper, "hold_ms", _without_usage_lag),), hint=12
     ),

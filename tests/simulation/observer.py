@@ -1,7 +1,7 @@
 """The all-knowing observer: what must hold after every step, and once everything has healed."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +108,13 @@ class Observer:
             issuers.append((owner, grant))
         issue = self.in_use[id_] = Issue(owner, grant)
         return issue
+
+    def may_hand_out(self, owner: Key, ids: Iterable[int]) -> None:
+        """A pod may issue these at any moment, and its lease allows it."""
+        for id_ in ids:
+            issue = self.in_use.get(id_)
+            if issue is not None and not self._forgotten(issue.owner, id_ >> self.block_bits):
+                self.broken("G1", f"id {id_} is free at {owner}, and in use since {issue.owner} issued it")
 
     def _forgotten(self, owner: Key, n: int) -> bool:
         """What was issued in the time that a restore has lost nobody can know, if its owner was not heard of

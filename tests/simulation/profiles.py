@@ -103,7 +103,9 @@ INHERITANCE = Profile(
     pace=1.0,
     pods=6,
     usage_lag=0.5,
+    application=Application(pauses=(0.05, 0.1)),
 )
+"""Pods that are cut off use ids again and again while others have their chunks, and hold them back."""
 
 WRONG_CLOCKS = Profile(
     "wrong-clocks",
@@ -140,11 +142,15 @@ RETURNING = replace(
     name="returning",
     faults={"cut_pod": 5},
     weather=Weather(),
-    pace=1.5,
+    doubt=0.0,
+    lag=0.0,
+    stops=0.0,
+    pace=2.0,
     pods=5,
     usage_lag=0.2,
-    cuts=(8.0, 10.0, 14.0),
+    cuts=(10.0, 12.0, 14.0, 16.0),
     allocations=(4.0,),
+    lost=(9.0, 14.0),
 )
 """Pods that died in the lost time without knowing, and whose chunks others issue from, come back."""
 

@@ -33,6 +33,7 @@ from drsm_sdk import (
     demand,
 )
 from drsm_sdk import changes as change
+from drsm_sdk.pool import Pool
 from drsm_sdk.rpc import Refused, Rpc
 from drsm_sdk.wire import messages as wire
 from drsm_sdk.wire.subjects import Subjects
@@ -49,7 +50,7 @@ STORM_SECONDS = 40.0
 PEACE_SECONDS = 4.0
 """First everybody gets to work."""
 LOOK_SECONDS = 0.25
-"""How often leases are looked at: much more often than a lease that was wrongly extended ends."""
+"""How often pods are looked at: much more often than a lease that was wrongly extended ends."""
 HEALING_SECONDS = 14.0 + ALLOCATION * 1.02 + USAGE_LAG + 15.0
 """The longest freeze, then the longest hold, then what a scan and a claim take."""
 HEALED_LOOK_SECONDS = 0.5
@@ -130,6 +131,8 @@ class Profile:
     leaders: tuple[float, ...] = (LEADER,)
     restores: bool = False
     """The database is restored from a backup, once."""
+    lost: tuple[float, float] = (1.0, 15.0)
+    """So many seconds of it are lost then."""
     block_bits: tuple[int, ...] = (4, 5, 6)
     """Of ids of 10 bits: 64, 32 or 16 chunks are plenty, or hardly enough."""
     application: Application = Application()
@@ -299,7 +302,7 @@ class World:
             self.start_pod(name)
         for i in range(demuxes):
             self.start_demux(f"demux-{i}")
-        self.node.start(self._guard(self._watch_leases()))
+        self.node.start(self._guard(self._watch_pods()))
         storm = self.node.start(self._guard(self._storm()))
         if self.profile.restores:
             self._restore = self.node.start(self._guard(self._lose_time()))
@@ -370,13 +373,18 @@ class World:
                 return any(held == n and grant in {"", by} for held, by, _ in member.holdings())
         return False
 
-    async def _watch_leases(self) -> None:
+    async def _watch_pods(self) -> None:
+        """What leases promise, and what may be issued at this moment, whether or not somebody asks for it."""
         while True:
             for pod in self.pods:
-                life = pod.drsm._session.life
-                if life is not None:
-                    left = life.leases.liveness_until - pod.machine.now()
-                    self.observer.counts_on(life.incarnation, left)
+                life, now = pod.drsm._session.life, pod.machine.now()
+                if life is None:
+                    continue
+                self.observer.counts_on(life.incarnation, life.leases.liveness_until - now)
+                member = pod.drsm._session.members.get(POOL)
+                if isinstance(member, Pool) and now < life.leases.issue_until:
+                    free = (id_ for chunk in member._stock if chunk.open for id_ in chunk.free)
+                    self.observer.may_hand_out((pod.machine.name, life.incarnation), free)
             await asyncio.sleep(LOOK_SECONDS)
 
     # --- actors ------------------------------------------------------------------------------------
@@ -686,7 +694,7 @@ class World:
         await asyncio.sleep(self.chance.uniform(5.0, 15.0))
         self.observer.note("mongodb", "is backed up")
         backup = self.database.back_up()
-        await asyncio.sleep(self.chance.uniform(1.0, 15.0))
+        await asyncio.sleep(self.chance.uniform(*self.profile.lost))
         self.observer.note("world", "stops all agents")
         self._restoring = True
         names = [f"agent-{i}" for i in range(self.numbers[1])]
