@@ -267,7 +267,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "grants go on at once after a restore", "G1", RESTORES, ((Grants, "left", lambda _: 0.0),), hint=1
     ),
     Ablation(
-        "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=145
+        "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=130
     ),
     Ablation(
         "a mark is forgotten when its owner closes",
@@ -281,7 +281,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "5",
         INHERITANCE,
         ((Stock, "_release_closed", _release_counts_at_once),),
-        hint=2,
+        hint=14,
     ),
     Ablation(
         "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=1
@@ -325,7 +325,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "R2",
         LATE_WRITES,
         ((LivenessLeases, "extend", _renewed_all_the_same), (Requests, "_session", _whatever_was_decided)),
-        hint=24,
+        hint=51,
     ),
     Ablation("no hold", "4", PARTITIONS, ((reaper, "hold_ms", lambda *_: 0),), hint=9),
     Ablation("events are not confirmed", "G4", RECONNECTS, ((Relay, "_delivered", _unconfirmed),), hint=8),
