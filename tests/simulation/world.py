@@ -383,7 +383,7 @@ class World:
                 self.observer.counts_on(life.incarnation, life.leases.liveness_until - now)
                 member = pod.drsm._session.members.get(POOL)
                 if isinstance(member, Pool) and now < life.leases.issue_until:
-                    free = (id_ for chunk in member._stock if chunk.open for id_ in chunk.free)
+                    free = (id_ for chunk in member._stock if chunk.open for id_ in chunk.blocks[0].free)
                     self.observer.may_hand_out((pod.machine.name, life.incarnation), free)
             await asyncio.sleep(LOOK_SECONDS)
 
