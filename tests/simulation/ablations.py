@@ -254,14 +254,14 @@ ABLATIONS: tuple[Ablation, ...] = (
         "4",
         SHRINKING,
         ((reaper, "hold_ms", _as_promised_today),),
-        hint=6,
+        hint=16,
     ),
     Ablation(
         "leases go on at once after a restore",
         "G1",
         RETURNING,
         ((Restorer, "may_issue", lambda *_, **__: True),),
-        hint=6,
+        hint=5,
     ),
     Ablation(
         "grants go on at once after a restore", "G1", RESTORES, ((Grants, "left", lambda _: 0.0),), hint=1
@@ -274,7 +274,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "4",
         INHERITANCE,
         ((reaper, "hold_ms", _unmarked_when_closed),),
-        hint=9,
+        hint=13,
     ),
     Ablation(
         "a release during the hold counts",
@@ -372,7 +372,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         ((Relay, "publish_log", _taken_for_published),),
         hint=18,
     ),
-    Ablation("answers before the event is out", "G4", RESTLESS, ((Relay, "caught_up", _at_once),)),
+    Ablation("answers before the event is out", "G4", RESTLESS, ((Relay, "caught_up", _at_once),), hint=13),
     Ablation(
         "a number that was given back is not granted again",
         "G3",
