@@ -326,25 +326,26 @@ class Stock:
         self, n: int, grant: str, in_use: Sequence[Collection[int]], now: float
     ) -> tuple[int, int] | None:
         """Open a closed chunk: `in_use` ids of each space are issued, the rest is free; what was released
-        meanwhile rests first, or comes last. An id in use that is never issued (excluded since) is not free
-        once it is released. Returns (issued, not issued); None if there was nothing to scan."""
+        meanwhile comes last. With a quarantine all of the rest rests first: it may have been released right
+        before the scan. An id in use that is never issued (excluded since) is not free once it is released.
+        Returns (issued, not issued); None if there was nothing to scan."""
         chunk = self.get(n, grant)
         if chunk is None or chunk.open:
             return None
-        issuable: list[list[int]] = []
+        rest: list[list[int]] = []
         for part, block, used in zip(self._parts, chunk.blocks, in_use, strict=True):
             ids = part.ids(n)
             block.used = dict.fromkeys(sorted(set(used) - block.released.keys()), now)
             fresh = [id_ for id_ in ids if id_ not in block.used and id_ not in block.released]
-            issuable.append(fresh if self._quarantine else [*fresh, *block.released])
+            rest.append([*fresh, *block.released])
+            block.released = {}
         chunk.open, chunk.hold_until = True, None
         chunk.empty_since = now
-        self._open(chunk, issuable)
-        for space, block in enumerate(chunk.blocks):
-            released, block.released = block.released, {}
-            for id_ in released if self._quarantine else ():
+        self._open(chunk, [()] * len(rest) if self._quarantine else rest)
+        for space, ids in enumerate(rest) if self._quarantine else ():
+            for id_ in ids:
                 self._rest(chunk, id_, space, now)
-        return chunk.issued, sum(map(len, issuable)) + chunk.resting
+        return chunk.issued, sum(map(len, rest))
 
     def unreported(self) -> list[Chunk]:
         """Chunks whose scan is finished but whose mark the agent has not cleared yet."""

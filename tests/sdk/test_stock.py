@@ -188,15 +188,15 @@ def test_a_release_after_the_scan_began_wins_over_its_result() -> None:
     assert stock.finish_scan(1, grant(1), [{9, 10}], 7.0) == (1, 5)
 
 
-def test_what_was_released_during_a_scan_still_rests() -> None:
+def test_after_a_scan_all_that_is_free_rests_first() -> None:
+    """It may have been released right before; what was during the scan comes last."""
     stock = Stock(RESTING)
     stock.add(1, grant(1), 0.0, hold_until=5.0)
     stock.begin_scan(1, grant(1))
     stock.release(8, 6.0)
     stock.finish_scan(1, grant(1), [()], 7.0)
-    assert taken(stock, 5, 11.0) == [9, 10, 11, 12, 13]
     assert stock.take(11.9) is None
-    assert stock.take(12.0) == 8
+    assert taken(stock, 6, 12.0) == [9, 10, 11, 12, 13, 8]
 
 
 def test_what_was_released_during_a_scan_comes_last_in_the_order_of_its_release() -> None:
@@ -362,8 +362,9 @@ class StockAgainstAPlainModel(RuleBasedStateMachine):
             _, chunk, id_ = rested
             self.resting.remove(rested)
             chunk.resting.remove(id_)
-            chunk.free.append(id_)
-            self.drawn -= 1
+            if id_ in self.definition.ids(chunk.n):
+                chunk.free.append(id_)
+                self.drawn -= 1
 
     def rest(self, chunk: Held, id_: int) -> None:
         chunk.resting.append(id_)
@@ -411,7 +412,7 @@ class StockAgainstAPlainModel(RuleBasedStateMachine):
     def release_any(self, id_: int) -> None:
         """Mostly what cannot be: another's, never issued, or released before."""
         chunk = self.find(id_ >> self.definition.block_bits)
-        if chunk is None or id_ not in self.definition.ids(chunk.n):
+        if chunk is None or not (id_ in chunk.issued or id_ in self.definition.ids(chunk.n)):
             with pytest.raises(NotOwner):
                 self.stock.release(id_, self.now)
         elif id_ in chunk.issued or (not chunk.open and id_ not in (chunk.released or ())):
@@ -513,10 +514,10 @@ class StockAgainstAPlainModel(RuleBasedStateMachine):
         chunk.free = [id_ for id_ in ids if id_ not in in_use and id_ not in released]
         chunk.empty_since = self.now
         assert done == (len(chunk.issued), len(chunk.free) + len(released))
-        if not self.quarantine:
-            chunk.free += released
-        else:
-            for id_ in released:
+        chunk.free += released
+        if self.quarantine:  # released right before the scan, perhaps
+            chunk.free, rest = [], chunk.free
+            for id_ in rest:
                 self.rest(chunk, id_)
 
     @precondition(lambda self: any(chunk.open for chunk in self.held))

@@ -9,11 +9,12 @@ from drsm_agent.core.documents import DEAD, read_chunk, session_key
 from drsm_agent.core.table import Change
 from drsm_sdk.wire import checksum, codec
 from drsm_sdk.wire import messages as m
+from drsm_sdk.wire.definition import Definition
 from drsm_sdk.wire.subjects import Subjects
 from tests.simulation.database import Database
 from tests.simulation.network import Packet
+from tests.simulation.pools import POOL, Id
 
-POOL = "amfid"
 Key = tuple[str, int]
 
 
@@ -45,9 +46,9 @@ class Observer:
     database: Database
     subjects: Subjects
     clock: Any
-    block_bits: int
+    definition: Definition
     timeline: list[str] = field(default_factory=list)
-    in_use: dict[int, Issue] = field(default_factory=dict)
+    in_use: dict[Id, Issue] = field(default_factory=dict)
     issued: int = 0
     claims: int = 0
     waived: frozenset[str] = frozenset()
@@ -62,6 +63,9 @@ class Observer:
     holds: Callable[[Key, int, str], bool] = lambda owner, n, grant: True
     """Whether a living pod holds a chunk by a grant (by whichever when empty), whatever the database says."""
     was_restored: bool = False
+    quarantine: float = 0.0
+    """Seconds for which a released id is not issued again, by the slowest clock."""
+    _released_at: dict[Id, float] = field(default_factory=dict)
     _announced: set[tuple[int, str, int]] = field(default_factory=set)
     _issuers: dict[int, list[tuple[Key, str]]] = field(default_factory=lambda: defaultdict(list))
     _table: dict[int, Key] = field(default_factory=dict)
@@ -89,14 +93,15 @@ class Observer:
 
     # --- ids (G1, G4) -----------------------------------------------------------------------------
 
-    def issue(self, id_: int, owner: Key, grant: str, lease_left: float) -> Issue:
+    def issue(self, id_: Id, owner: Key, grant: str, lease_left: float) -> Issue:
         """A pod hands an id to its application, `lease_left` seconds before its allocation lease ends."""
         self.issued += 1
         if lease_left <= 0:
             self.broken("R4", f"id {id_} issued by {owner} {-lease_left:.3f} s after its lease had run out")
-        n = id_ >> self.block_bits
-        if id_ == 0:
-            self.broken("G1", "id 0 was issued")
+        n = self._chunk_of(id_)
+        rested = self.clock() - self._released_at.get(id_, float("-inf"))
+        if rested < self.quarantine and not self.was_restored:
+            self.broken("10", f"id {id_} issued by {owner} {rested:.3f} s after it was released")
         if (issue := self.in_use.get(id_)) is not None and not self._forgotten(issue.owner, n):
             self.broken("G1", f"id {id_} issued by {owner} is in use since {issue.owner} issued it")
         if (n, *owner) not in self._announced:
@@ -121,9 +126,19 @@ class Observer:
         since for so long that it may not issue any more, or has let go of the chunk."""
         return self.was_restored and not (self.may_issue(owner) and self.holds(owner, n, ""))
 
-    def release(self, id_: int, issue: Issue) -> None:
+    def release(self, id_: Id, issue: Issue) -> None:
         if self.in_use.get(id_) is issue:
             del self.in_use[id_]
+            self._released_at[id_] = self.clock()
+
+    def _chunk_of(self, id_: Id) -> int:
+        """The chunk of an id that was issued; one that never may be breaks G1."""
+        space, item = id_
+        part = self.definition.parts[self.definition.index(space)]
+        ordinal = part.ordinal(item)
+        if ordinal is None or part.never_issued(ordinal):
+            self.broken("G1", f"id {id_} was issued, which never is")
+        return (ordinal or 0) >> part.block_bits
 
     # --- the database (G2) ------------------------------------------------------------------------
 

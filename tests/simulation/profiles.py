@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from tests.simulation.network import Weather
+from tests.simulation.pools import ADDRESSES, SPACES
 from tests.simulation.world import ANY, Application, Profile
 
 PARTITIONS = Profile(
@@ -233,10 +234,14 @@ NAMESAKES = Profile(
 )
 """Messages about a pod that come when another one of its name lives."""
 
+PLACES = tuple(replace(ANY, name=kind, kinds=(kind,)) for kind in (ADDRESSES, SPACES))
+"""Pools of addresses, and of several spaces."""
+
 PROFILES = {
     profile.name: profile
     for profile in (
         ANY,
+        *PLACES,
         PARTITIONS,
         LEADERS,
         STOPS,

@@ -36,11 +36,13 @@ from drsm_sdk import changes as change
 from drsm_sdk.pool import Pool
 from drsm_sdk.rpc import Refused, Rpc
 from drsm_sdk.wire import messages as wire
+from drsm_sdk.wire.space import Item
 from drsm_sdk.wire.subjects import Subjects
 from tests.simulation.database import Database, View
 from tests.simulation.loop import Node, VirtualLoop
 from tests.simulation.network import AgentBus, Network, PodTransport, Weather
-from tests.simulation.observer import POOL, Issue, Observer
+from tests.simulation.observer import Issue, Observer
+from tests.simulation.pools import ADDRESSES, INTEGERS, POOL, SPACES, Id, ids_between, settings_of
 
 LIVENESS, ALLOCATION, LEADER = 2.5, 8.0, 1.0
 USAGE_LAG = 1.0
@@ -133,8 +135,12 @@ class Profile:
     """The database is restored from a backup, once."""
     lost: tuple[float, float] = (1.0, 15.0)
     """So many seconds of it are lost then."""
+    kinds: tuple[str, ...] = (INTEGERS,)
+    """Of pools."""
     block_bits: tuple[int, ...] = (4, 5, 6)
     """Of ids of 10 bits: 64, 32 or 16 chunks are plenty, or hardly enough."""
+    quarantines: tuple[float, ...] = (0.0,)
+    """Seconds that a released id rests."""
     application: Application = Application()
     idle: float = 3.0
     """Seconds that a chunk stays empty before it goes back: in the storm's minute it shall happen often."""
@@ -142,7 +148,7 @@ class Profile:
     """Seconds that a pod's stock should last."""
 
 
-ANY = Profile()
+ANY = Profile(kinds=(INTEGERS, ADDRESSES, SPACES), quarantines=(0.0, 0.0, 2.0))
 
 
 @dataclass(eq=False)
@@ -182,7 +188,7 @@ class PodActor:
     machine: Machine
     drsm: Drsm
     transport: PodTransport
-    mine: dict[int, Context] = field(default_factory=dict)
+    mine: dict[Id, Context] = field(default_factory=dict)
     closing: bool = False
     left: bool = False
     waiting_since: float | None = None
@@ -213,7 +219,10 @@ class World:
     ) -> None:
         self.loop, self.seed, self.profile = loop, seed, profile
         self.chance = random.Random(seed)
-        self.block_bits = self.chance.choice(profile.block_bits)
+        block_bits = self.chance.choice(profile.block_bits)
+        of_pool = random.Random(f"{seed} pool")
+        self._place = settings_of(of_pool.choice(profile.kinds), block_bits)
+        self._quarantine = of_pool.choice(profile.quarantines)
         self.settings = self._settings(
             profile.livenesses[0], profile.allocations[0], profile.leaders[0], profile.usage_lag, revision=1
         )
@@ -224,14 +233,16 @@ class World:
         self.database.doubt = self._chosen(profile.doubt, 0.0, 0.0, 0.02, 0.1)
         self.database.doubtful, self.database.fates = profile.doubtful, profile.fates
         self.database.lag = self._chosen(profile.lag, 0.0, 0.0, 0.01, 0.05)
-        self.observer = Observer(self.database, Subjects("drsm"), loop.time, self.block_bits)
+        self.definition = self.settings.definitions[POOL]
+        self.observer = Observer(self.database, Subjects("drsm"), loop.time, self.definition)
+        self.observer.quarantine = self._quarantine * (1 - 2 * profile.rate)
         self.observer.liveness_left = self._liveness_left
         self.observer.may_issue, self.observer.holds = self._may_issue, self._holds
         if profile.clocks is not None:
             self.observer.waived = frozenset({"G1", "R1", "R5"})
         self.database.changed = self.observer.changed
         self.network.heard = self.observer.heard
-        self.contexts: dict[int, Context] = {}
+        self.contexts: dict[Id, Context] = {}
         """What the application's database has, by id."""
         self.pods: list[PodActor] = []
         self.agents: list[AgentActor] = []
@@ -268,12 +279,10 @@ class World:
 
     def _pool(self, usage_lag: float, revision: int) -> dict[str, Any]:
         """The definition of the pool that everybody uses."""
-        return {
+        return self._place | {
             "name": POOL,
-            "bits": 10,
-            "block_bits": self.block_bits,
-            "slots": 12,
             "usage_lag_ms": round(usage_lag * 1000),
+            "quarantine_ms": round(self._quarantine * 1000),
             "revision": revision,
         }
 
@@ -498,7 +507,7 @@ class World:
     async def _allocate(self, actor: PodActor, drsm: Drsm, pool: Any, chance: random.Random) -> None:
         actor.waiting_since = self.loop.time()
         try:
-            id_ = pool.allocate_nowait() if chance.random() < 0.8 else await pool.allocate(timeout=2.0)
+            ids = await self._drawn(pool, chance)
         except (PoolEmpty, PoolExhausted, AgentUnavailable, SessionLost):
             return
         finally:
@@ -507,19 +516,40 @@ class World:
             return  # killed while it was stopped: nobody has got the id
         life = drsm._session.life
         if life is None:
-            self.observer.broken("G1", f"{actor.machine.name} issued {id_} without a session")
+            self.observer.broken("G1", f"{actor.machine.name} issued {ids} without a session")
             return
         left = life.leases.allocation_until - actor.machine.now()
-        issue = self.observer.issue(id_, (actor.machine.name, life.incarnation), pool.grant(id_), left)
+        if len({self._chunk_of(id_) for id_ in ids}) > 1:
+            self.observer.broken("10", f"{ids} were drawn together and are not of one chunk")
         visible = self.loop.time() + chance.uniform(0, self.profile.usage_lag * 0.9)
-        actor.mine[id_] = self.contexts[id_] = Context(visible, issue)
+        for id_ in ids:
+            space, item = id_
+            owner, grant = (actor.machine.name, life.incarnation), pool.grant(item, space=space)
+            issue = self.observer.issue(id_, owner, grant, left)
+            actor.mine[id_] = self.contexts[id_] = Context(visible, issue)
 
-    def _release(self, actor: PodActor, pool: Any, id_: int) -> None:
+    async def _drawn(self, pool: Any, chance: random.Random) -> list[Id]:
+        """An id; of a pool of several spaces mostly one of each."""
+        at_once, names = chance.random() < 0.8, [part.name for part in self.definition.parts]
+        if len(names) == 1:
+            return [(POOL, pool.allocate_nowait() if at_once else await pool.allocate(timeout=2.0))]
+        if chance.random() < 0.2:
+            space = chance.choice(names)
+            return [(space, pool.allocate_nowait(space=space))]
+        drawn = pool.allocate_set_nowait() if at_once else await pool.allocate_set(timeout=2.0)
+        return list(drawn.items())
+
+    def _chunk_of(self, id_: Id) -> int | None:
+        space, item = id_
+        return self.definition.chunk_of(item, space)
+
+    def _release(self, actor: PodActor, pool: Any, id_: Id) -> None:
         context = actor.mine.pop(id_)
+        space, item = id_
         try:
-            if not pool.valid(id_):
+            if not pool.valid(item, space=space):
                 return  # somebody else serves it now
-            pool.release(id_)
+            pool.release(item, space=space)
         except (NotOwner, NotAllocated):
             return
         if self.contexts.get(id_) is context:  # else another session has the id by now
@@ -530,27 +560,29 @@ class World:
         async for news in pool.changes():
             match news:
                 case change.SessionLost() | change.Lost():
-                    for first, last in news.issued:
-                        for id_ in range(first, last + 1):
-                            actor.mine.pop(id_, None)
+                    for space, spans in news.ids.items():
+                        for first, last in spans:
+                            for id_ in ids_between(self.definition, space, first, last):
+                                actor.mine.pop(id_, None)
                 case change.Gained(_, chunks, True) | change.Scanned(_, chunks):
                     numbers = chunks if isinstance(chunks, tuple) else (chunks,)
                     for n in numbers:  # its sessions are ours to serve, from now on
                         actor.mine |= {id_: self.contexts[id_] for id_ in self._visible(n)}
 
-    async def _in_use(self, first: int, last: int) -> list[int]:
+    async def _in_use(self, first: Item, last: Item, space: str = POOL) -> list[Item]:
         """The application's scan: what is visible when it is asked, told a little later."""
-        found = [id_ for id_ in self._visible(first >> self.block_bits) if first <= id_ <= last]
+        found = [item for name, item in self._visible(self._chunk_of((space, first))) if name == space]
+        assert all(first <= item <= last for item in found)
         await asyncio.sleep(self.chance.uniform(0, 0.5))
         return found
 
-    def _visible(self, n: int) -> list[int]:
+    def _visible(self, n: int | None) -> list[Id]:
         """What the application's database shows of a chunk."""
         now = self.loop.time()
         return [
             id_
             for id_, context in self.contexts.items()
-            if id_ >> self.block_bits == n and context.visible <= now
+            if context.visible <= now and self._chunk_of(id_) == n
         ]
 
     def start_demux(self, name: str) -> None:
@@ -847,7 +879,7 @@ class World:
         self._buried.append(taker.machine.node)
         taker.machine.node.start(self._guard(taker.take_all()))
         await asyncio.sleep(0)
-        capacity, deadline = self.settings.definitions[POOL].capacity, self.loop.time() + COUNT_SECONDS
+        capacity, deadline = self.definition.capacity, self.loop.time() + COUNT_SECONDS
         while missing := sorted(set(range(capacity)) - self._table().keys()):
             if self.loop.time() >= deadline:
                 self.observer.broken("G3", f"nobody owns chunks {missing}, and they are not granted")
