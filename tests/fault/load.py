@@ -10,6 +10,8 @@ from drsm_sdk import Drsm, Pool
 from drsm_sdk.changes import Lost, Missed, SessionLost
 from drsm_sdk.errors import AgentUnavailable, DrsmError, NotAllocated, NotOwner, PoolEmpty
 from drsm_sdk.errors import SessionLost as SessionIsLost
+from drsm_sdk.scan import InUse
+from drsm_sdk.wire.space import Item
 
 BEAT = 0.05
 HELD = 40
@@ -18,11 +20,15 @@ BURST = 60
 BURST_CHANCE = 0.01
 
 
+Id = tuple[str, str, Item]
+"""The pool, the space, and the id in it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Issue:
     """One id in somebody's hands."""
 
-    id: int
+    id: Id
     pod: str
     incarnation: int | None
     grant: str
@@ -32,8 +38,8 @@ class Issue:
 class Record:
     """What all pods together have issued; `in_use` stands for the contexts that an application stores."""
 
-    in_use: dict[int, Issue] = field(default_factory=dict)
-    orphaned: set[int] = field(default_factory=set)
+    in_use: dict[Id, Issue] = field(default_factory=dict)
+    orphaned: set[Id] = field(default_factory=set)
     issued: int = 0
     empty: int = 0
     wrong: list[str] = field(default_factory=list)
@@ -47,9 +53,17 @@ class Record:
             self.wrong.append(f"DUPLICATE: {issue} is in use as {other}")
         self.in_use[issue.id] = issue
 
-    async def used(self, first: int, last: int) -> list[int]:
+    def scan_of(self, pool: str) -> InUse:
         """What a claimer's scan is told."""
-        return [id_ for id_ in self.in_use if first <= id_ <= last]
+
+        async def used(first: Item, last: Item, space: str = pool) -> list[Item]:
+            return [
+                item
+                for its_pool, its_space, item in self.in_use
+                if (its_pool, its_space) == (pool, space) and first <= item <= last
+            ]
+
+        return used
 
 
 class LoadedPod:
@@ -59,7 +73,7 @@ class LoadedPod:
         self.name = drsm.pod.name
         self._drsm, self._pool, self._record = drsm, pool, record
         self._random = random.Random(seed)
-        self._mine: deque[int] = deque()
+        self._mine: deque[list[Id]] = deque()
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -72,18 +86,24 @@ class LoadedPod:
                 if not self._issue():
                     break
             while len(self._mine) > HELD:
-                self._release(self._mine.popleft())
-            for id_ in [id_ for id_ in self._record.orphaned if self._pool.valid(id_)]:
+                for id_ in self._mine.popleft():
+                    self._release(id_)
+            for id_ in [id_ for id_ in self._record.orphaned if self._is_mine(id_)]:
                 self._record.orphaned.discard(id_)
                 self._release(id_)
             await asyncio.sleep(BEAT * self._random.uniform(0.5, 1.5))
 
     def _issue(self) -> bool:
+        several = bool(self._pool.definition.spaces)
         try:
-            id_ = self._pool.allocate_nowait()
+            drawn = (
+                self._pool.allocate_set_nowait()
+                if several
+                else {self._pool.name: self._pool.allocate_nowait()}
+            )
         except PoolEmpty:
             self._record.empty += 1
-            if free := self._pool.stats.free:
+            if not several and (free := self._pool.stats.free):
                 self._record.wrong.append(f"{self.name}: PoolEmpty with {free} ids in stock")
             return False
         except (AgentUnavailable, SessionIsLost) as error:
@@ -93,14 +113,23 @@ class LoadedPod:
         except DrsmError as error:
             self._record.wrong.append(f"{self.name}: {error!r}")
             return False
-        grant = self._pool.grant(id_)
-        self._record.issue(Issue(id_, self.name, self._drsm.incarnation, grant))
-        self._mine.append(id_)
+        grants = {self._pool.grant(item, space=space) for space, item in drawn.items()}
+        if len(grants) > 1:
+            self._record.wrong.append(f"{self.name}: {drawn} are not of one chunk")
+        ids = [(self._pool.name, space, item) for space, item in drawn.items()]
+        for id_ in ids:
+            self._record.issue(Issue(id_, self.name, self._drsm.incarnation, grants.copy().pop()))
+        self._mine.append(ids)
         return True
 
-    def _release(self, id_: int) -> None:
+    def _is_mine(self, id_: Id) -> bool:
+        pool, space, item = id_
+        return pool == self._pool.name and self._pool.valid(item, space=space)
+
+    def _release(self, id_: Id) -> None:
+        _, space, item = id_
         try:
-            self._pool.release(id_)
+            self._pool.release(item, space=space)
         except (NotOwner, NotAllocated):  # with its chunk it became another's: whoever owns it releases it
             self._record.orphaned.add(id_)
         else:
@@ -113,7 +142,7 @@ class LoadedPod:
                     self._record.lost[f"{self.name} {reason}"] += 1
                     if self.name not in self._record.may_lose:
                         self._record.wrong.append(f"{time.time():.1f} {self.name} lost its session: {reason}")
-                    self._record.orphaned |= set(self._mine)
+                    self._record.orphaned |= {id_ for ids in self._mine for id_ in ids}
                     self._mine.clear()
                 case Lost(chunks=chunks):
                     self._record.wrong.append(f"{self.name} lost chunks {chunks} though its session lives")

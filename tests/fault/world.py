@@ -45,6 +45,23 @@ STARTS_MAX = 4
 GROWTH, GROWTH_MIB = 1.3, 10.0
 ASK_SECONDS = 1.0
 DATABASE, PREFIX = "sdcore", "drsm"
+UES, SESSIONS = "ueip", "sessions"
+DEFINITIONS: list[dict[str, Any]] = [
+    {"name": POOL, "bits": 22},
+    {"name": UES, "kind": "ipv4", "ranges": ["10.45.0.0/16", "10.60.0.0/16"], "excluded": ["10.45.3.0/26"]},
+    {
+        "name": SESSIONS,
+        "spaces": [
+            {"name": "seid", "bits": 64, "slots": 50},
+            {"name": "tmsi", "bits": 32, "slots": 50, "order": "random"},
+            {"name": "ue", "kind": "ipv6", "ranges": ["2001:db8::/40"], "prefix": 64, "slots": 50},
+        ],
+    },
+]
+for _definition in DEFINITIONS:
+    _definition |= {"usage_lag_ms": 0} | ({} if "spaces" in _definition else {"slots": 50})
+USED_BY = (POOL, POOL, UES, SESSIONS)
+"""Which pool each pod uses, in turn."""
 
 
 @dataclass
@@ -80,7 +97,7 @@ class AgentSlot:
             "DRSM_NATS_URL": ",".join(f"nats://{link.address}" for link in nats_links),
             "DRSM_MONGO_DATABASE": DATABASE,
             "DRSM_SUBJECT_PREFIX": PREFIX,
-            "DRSM_POOLS": json.dumps([{"name": POOL, "bits": 22, "slots": 50, "usage_lag_ms": 0}]),
+            "DRSM_POOLS": json.dumps(DEFINITIONS),
             "DRSM_LIVENESS_TTL": str(L),
             "DRSM_ALLOCATION_TTL": str(A),
             "DRSM_LEADER_TTL": str(T),
@@ -214,8 +231,8 @@ class World:
         for i in range(PODS):
             urls = [f"nats://{link.address}" for link in self.pod_links] if i < CUTTABLE else direct
             await self._pod(f"amf-{i}", urls, seed=i)
-        for _ in range(2):
-            demux = Demux.connect(direct, POOL, prefix=PREFIX, timeout=20)
+        for pool in (POOL, POOL, UES, SESSIONS):
+            demux = Demux.connect(direct, pool, prefix=PREFIX, timeout=20)
             self.demuxes.append(await self._stack.enter_async_context(demux))
         client = await nats.connect(
             direct,
@@ -234,7 +251,8 @@ class World:
     async def _pod(self, name: str, urls: list[str], seed: int) -> None:
         pod = Pod(name, f"10.0.0.{seed + 1}", "nf")
         drsm = await self._stack.enter_async_context(Drsm.connect(urls, pod, prefix=PREFIX, timeout=20))
-        pool = await drsm.join(POOL, in_use=self.record.used)
+        used = USED_BY[seed % len(USED_BY)]
+        pool = await drsm.join(used, in_use=self.record.scan_of(used))
         self._run(LoadedPod(drsm, pool, self.record, seed).run())
 
     async def _link(self, server: str) -> Link:
@@ -278,9 +296,9 @@ class World:
         primary = await self.primary()
         return next(member for member in self.mongo.members if member is not primary)
 
-    async def table(self) -> dict[int, tuple[str, int]]:
+    async def table(self, pool: str = POOL) -> dict[int, tuple[str, int]]:
         """Who owns which chunk, as MongoDB has it."""
-        chunks = self.client[DATABASE][POOL].find({"type": "chunk"})
+        chunks = self.client[DATABASE][pool].find({"type": "chunk"})
         return {
             int(c["_id"].removeprefix("chunkid-")): (c["podId"], int(c["drsm"]["incarnation"]))
             async for c in chunks
@@ -369,14 +387,15 @@ class World:
         self.churn.going.clear()
         await self.churn.resting.wait()
         try:
-            table = await self.table()
+            tables = {pool: await self.table(pool) for pool in (POOL, UES, SESSIONS)}
         except PyMongoError as error:
             return f"MongoDB: {error}"
         for demux in self.demuxes:
             routed = {n: owner.key for n, owner in demux.chunks().items()}
-            if not demux.synced or routed != table:
-                differ = set(routed.items()) ^ set(table.items())
-                return f"a demux is {'' if demux.synced else 'not '}synced, and differs by {len(differ)}"
+            differ = set(routed.items()) ^ set(tables[demux.pool].items())
+            if not demux.synced or differ:
+                synced = "" if demux.synced else "not "
+                return f"a demux of {demux.pool} is {synced}synced, and differs by {len(differ)}"
         return ""
 
     async def _agents_ready(self) -> str:
