@@ -39,6 +39,8 @@ AGENTS = ("agent-a", "agent-b")
 HEALED_SECONDS = 20.0
 """Bound for everything to be whole again after a fault: a driver's time-out (5 s), an election (2 s), an
 agent's start (3 s), its wait for the lead (2 T), a demux's six seconds until it asks, and a busy machine."""
+FAULT_SECONDS = 60.0
+"""Bound for a fault itself: the longest one, a rolling update, waits for two agents."""
 RESTART_SECONDS = 0.5
 """Kubernetes begins with 10 s; a crash loop shows at any pace."""
 STARTS_MAX = 4
@@ -322,7 +324,8 @@ class World:
         logs = [agent.log_size() for agent in self.agents]
         memory = [agent.rss() for agent in self.agents]
         begin = time.monotonic()
-        await fault(self)
+        async with asyncio.timeout(FAULT_SECONDS):
+            await fault(self)
         end = time.monotonic()
         row.lasted = end - begin
         try:
@@ -416,11 +419,13 @@ class World:
 
     async def _eventually(self, missing: Callable[[], Awaitable[str]]) -> float:
         """Look until nothing is missing; when that was. Raises TimeoutError."""
-        deadline = time.monotonic() + HEALED_SECONDS
-        while what := await missing():
-            if time.monotonic() > deadline:
-                raise TimeoutError(what)
-            await asyncio.sleep(0.05)
+        what = "nothing was seen"
+        try:
+            async with asyncio.timeout(HEALED_SECONDS):
+                while what := await missing():
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            raise TimeoutError(what) from None
         return time.monotonic()
 
     def table_of_faults(self) -> str:
