@@ -9,11 +9,10 @@ from drsm_agent.core.documents import DEAD, read_chunk, session_key
 from drsm_agent.core.table import Change
 from drsm_sdk.wire import checksum, codec
 from drsm_sdk.wire import messages as m
-from drsm_sdk.wire.definition import Definition
 from drsm_sdk.wire.subjects import Subjects
 from tests.simulation.database import Database
 from tests.simulation.network import Packet
-from tests.simulation.pools import POOL, Id
+from tests.simulation.pools import POOL, Id, Places
 
 Key = tuple[str, int]
 
@@ -46,7 +45,7 @@ class Observer:
     database: Database
     subjects: Subjects
     clock: Any
-    definition: Definition
+    places: Places
     timeline: list[str] = field(default_factory=list)
     in_use: dict[Id, Issue] = field(default_factory=dict)
     issued: int = 0
@@ -98,7 +97,9 @@ class Observer:
         self.issued += 1
         if lease_left <= 0:
             self.broken("R4", f"id {id_} issued by {owner} {-lease_left:.3f} s after its lease had run out")
-        n = self._chunk_of(id_)
+        n = self.places.chunk_of(id_)
+        if self.places.never_issued(id_):
+            self.broken("G1", f"id {id_} was issued, which never is")
         rested = self.clock() - self._released_at.get(id_, float("-inf"))
         if rested < self.quarantine and not self.was_restored:
             self.broken("10", f"id {id_} issued by {owner} {rested:.3f} s after it was released")
@@ -114,11 +115,11 @@ class Observer:
         issue = self.in_use[id_] = Issue(owner, grant)
         return issue
 
-    def may_hand_out(self, owner: Key, ids: Iterable[int]) -> None:
+    def may_hand_out(self, owner: Key, ids: Iterable[Id]) -> None:
         """A pod may issue these at any moment, and its lease allows it."""
         for id_ in ids:
             issue = self.in_use.get(id_)
-            if issue is not None and not self._forgotten(issue.owner, id_ >> self.block_bits):
+            if issue is not None and not self._forgotten(issue.owner, self.places.chunk_of(id_)):
                 self.broken("G1", f"id {id_} is free at {owner}, and in use since {issue.owner} issued it")
 
     def _forgotten(self, owner: Key, n: int) -> bool:
@@ -130,15 +131,6 @@ class Observer:
         if self.in_use.get(id_) is issue:
             del self.in_use[id_]
             self._released_at[id_] = self.clock()
-
-    def _chunk_of(self, id_: Id) -> int:
-        """The chunk of an id that was issued; one that never may be breaks G1."""
-        space, item = id_
-        part = self.definition.parts[self.definition.index(space)]
-        ordinal = part.ordinal(item)
-        if ordinal is None or part.never_issued(ordinal):
-            self.broken("G1", f"id {id_} was issued, which never is")
-        return (ordinal or 0) >> part.block_bits
 
     # --- the database (G2) ------------------------------------------------------------------------
 

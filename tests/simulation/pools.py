@@ -10,8 +10,8 @@ INTEGERS, ADDRESSES, SPACES = "integers", "addresses", "spaces"
 BITS = 10
 SLOTS = 12
 
-Id = tuple[str, Item]
-"""An id of a space, by the space's name."""
+Id = tuple[str, int]
+"""A space's name, and the ordinal of an id in it."""
 
 
 def settings_of(kind: str, block_bits: int) -> dict[str, Any]:
@@ -39,10 +39,31 @@ def settings_of(kind: str, block_bits: int) -> dict[str, Any]:
     return integers
 
 
-def ids_between(definition: Definition, space: str, first: Item, last: Item) -> list[Id]:
-    """All ids of a space from one to another."""
-    part = definition.parts[definition.index(space)]
-    low, high = part.ordinal(first), part.ordinal(last)
-    assert low is not None
-    assert high is not None
-    return [(space, part.item(ordinal)) for ordinal in range(low, high + 1)]
+class Places:
+    """Where the ids of a definition lie."""
+
+    def __init__(self, definition: Definition) -> None:
+        self.names = [part.name for part in definition.parts]
+        self._parts = {part.name: part for part in definition.parts}
+
+    def chunk_of(self, id_: Id) -> int:
+        space, ordinal = id_
+        return ordinal >> self._parts[space].block_bits
+
+    def never_issued(self, id_: Id) -> bool:
+        space, ordinal = id_
+        return self._parts[space].never_issued(ordinal)
+
+    def item(self, id_: Id) -> Item:
+        space, ordinal = id_
+        return self._parts[space].item(ordinal)
+
+    def id(self, space: str, item: Item) -> Id:
+        ordinal = self._parts[space].ordinal(item)
+        assert ordinal is not None
+        return space, ordinal
+
+    def between(self, space: str, first: Item, last: Item) -> list[Id]:
+        """All ids of a space from one to another."""
+        low, high = self.id(space, first), self.id(space, last)
+        return [(space, ordinal) for ordinal in range(low[1], high[1] + 1)]

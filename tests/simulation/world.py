@@ -42,7 +42,7 @@ from tests.simulation.database import Database, View
 from tests.simulation.loop import Node, VirtualLoop
 from tests.simulation.network import AgentBus, Network, PodTransport, Weather
 from tests.simulation.observer import Issue, Observer
-from tests.simulation.pools import ADDRESSES, INTEGERS, POOL, SPACES, Id, ids_between, settings_of
+from tests.simulation.pools import ADDRESSES, INTEGERS, POOL, SPACES, Id, Places, settings_of
 
 LIVENESS, ALLOCATION, LEADER = 2.5, 8.0, 1.0
 USAGE_LAG = 1.0
@@ -234,7 +234,8 @@ class World:
         self.database.doubtful, self.database.fates = profile.doubtful, profile.fates
         self.database.lag = self._chosen(profile.lag, 0.0, 0.0, 0.01, 0.05)
         self.definition = self.settings.definitions[POOL]
-        self.observer = Observer(self.database, Subjects("drsm"), loop.time, self.definition)
+        self.places = Places(self.definition)
+        self.observer = Observer(self.database, Subjects("drsm"), loop.time, self.places)
         self.observer.quarantine = self._quarantine * (1 - 2 * profile.rate)
         self.observer.liveness_left = self._liveness_left
         self.observer.may_issue, self.observer.holds = self._may_issue, self._holds
@@ -392,7 +393,12 @@ class World:
                 self.observer.counts_on(life.incarnation, life.leases.liveness_until - now)
                 member = pod.drsm._session.members.get(POOL)
                 if isinstance(member, Pool) and now < life.leases.issue_until:
-                    free = (id_ for chunk in member._stock if chunk.open for id_ in chunk.blocks[0].free)
+                    free = (
+                        (space, id_)
+                        for chunk in member._stock
+                        for space, block in zip(self.places.names, chunk.blocks, strict=True)
+                        for id_ in block.free
+                    )
                     self.observer.may_hand_out((pod.machine.name, life.incarnation), free)
             await asyncio.sleep(LOOK_SECONDS)
 
@@ -519,33 +525,30 @@ class World:
             self.observer.broken("G1", f"{actor.machine.name} issued {ids} without a session")
             return
         left = life.leases.allocation_until - actor.machine.now()
-        if len({self._chunk_of(id_) for id_ in ids}) > 1:
+        if len({self.places.chunk_of(id_) for id_ in ids}) > 1:
             self.observer.broken("10", f"{ids} were drawn together and are not of one chunk")
         visible = self.loop.time() + chance.uniform(0, self.profile.usage_lag * 0.9)
         for id_ in ids:
-            space, item = id_
-            owner, grant = (actor.machine.name, life.incarnation), pool.grant(item, space=space)
+            owner = (actor.machine.name, life.incarnation)
+            grant = pool.grant(self.places.item(id_), space=id_[0])
             issue = self.observer.issue(id_, owner, grant, left)
             actor.mine[id_] = self.contexts[id_] = Context(visible, issue)
 
     async def _drawn(self, pool: Any, chance: random.Random) -> list[Id]:
         """An id; of a pool of several spaces mostly one of each."""
-        at_once, names = chance.random() < 0.8, [part.name for part in self.definition.parts]
-        if len(names) == 1:
-            return [(POOL, pool.allocate_nowait() if at_once else await pool.allocate(timeout=2.0))]
+        at_once, places = chance.random() < 0.8, self.places
+        if len(places.names) == 1:
+            item = pool.allocate_nowait() if at_once else await pool.allocate(timeout=2.0)
+            return [places.id(POOL, item)]
         if chance.random() < 0.2:
-            space = chance.choice(names)
-            return [(space, pool.allocate_nowait(space=space))]
+            space = chance.choice(places.names)
+            return [places.id(space, pool.allocate_nowait(space=space))]
         drawn = pool.allocate_set_nowait() if at_once else await pool.allocate_set(timeout=2.0)
-        return list(drawn.items())
-
-    def _chunk_of(self, id_: Id) -> int | None:
-        space, item = id_
-        return self.definition.chunk_of(item, space)
+        return [places.id(space, item) for space, item in drawn.items()]
 
     def _release(self, actor: PodActor, pool: Any, id_: Id) -> None:
         context = actor.mine.pop(id_)
-        space, item = id_
+        space, item = id_[0], self.places.item(id_)
         try:
             if not pool.valid(item, space=space):
                 return  # somebody else serves it now
@@ -562,7 +565,7 @@ class World:
                 case change.SessionLost() | change.Lost():
                     for space, spans in news.ids.items():
                         for first, last in spans:
-                            for id_ in ids_between(self.definition, space, first, last):
+                            for id_ in self.places.between(space, first, last):
                                 actor.mine.pop(id_, None)
                 case change.Gained(_, chunks, True) | change.Scanned(_, chunks):
                     numbers = chunks if isinstance(chunks, tuple) else (chunks,)
@@ -571,18 +574,19 @@ class World:
 
     async def _in_use(self, first: Item, last: Item, space: str = POOL) -> list[Item]:
         """The application's scan: what is visible when it is asked, told a little later."""
-        found = [item for name, item in self._visible(self._chunk_of((space, first))) if name == space]
+        n = self.places.chunk_of(self.places.id(space, first))
+        found = [self.places.item(id_) for id_ in self._visible(n) if id_[0] == space]
         assert all(first <= item <= last for item in found)
         await asyncio.sleep(self.chance.uniform(0, 0.5))
         return found
 
-    def _visible(self, n: int | None) -> list[Id]:
+    def _visible(self, n: int) -> list[Id]:
         """What the application's database shows of a chunk."""
         now = self.loop.time()
         return [
             id_
             for id_, context in self.contexts.items()
-            if context.visible <= now and self._chunk_of(id_) == n
+            if context.visible <= now and self.places.chunk_of(id_) == n
         ]
 
     def start_demux(self, name: str) -> None:
