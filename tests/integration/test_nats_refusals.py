@@ -16,6 +16,7 @@ from drsm_agent.service import running
 from drsm_sdk import AgentUnavailable, Demux, Drsm, Pod, nats_transport
 from drsm_sdk.nats_transport import NatsTransport
 from drsm_sdk.transport import NotConnected
+from tests.fault.link import Link
 from tests.harness import POOL, Domain, Requester, eventually, renewing, requester, within
 from tests.integration.test_start import EXIT_FAULT, agent_process
 from tests.nats_credentials import Operator
@@ -197,6 +198,25 @@ async def test_who_finds_a_server_full_is_connected_when_there_is_room() -> None
         await transport.close()
 
 
+async def test_an_agent_that_finds_the_server_full_leads_again_once_there_is_room(domain: Domain) -> None:
+    """It was cut off, and another took its place."""
+    async with Scratch() as scratch, AsyncExitStack() as entered:
+        server = await start_nats_server(scratch, config="max_connections: 1")
+        way = Link(server.address)
+        await way.start()
+        entered.push_async_callback(way.stop)
+        near = Domain(domain.mongo_url, f"nats://{way.address}", domain.database, domain.prefix)
+        agent = await entered.enter_async_context(near.agent(leader_ttl=1.0))
+        way.reset()
+        occupant = NatsTransport(server.url)
+        await occupant.connect(5.0)
+        way.heal()
+        await eventually(lambda: "maximum connections exceeded" in server.log_since(0))
+        await eventually(lambda: not agent.leader.leading.is_set())
+        await occupant.close()
+        await within(agent.leader.leading.wait())
+
+
 # --- Too slow -----------------------------------------------------------------------------------------------
 
 
@@ -222,6 +242,26 @@ async def test_a_demux_that_the_server_cut_off_for_being_slow_heals(domain: Doma
         slow.carry_on()
         await eventually(lambda: demux.synced and set(demux.chunks()) == {0})
         assert demux._transport.epoch > 1
+
+
+async def test_an_agent_that_the_server_cut_off_for_being_slow_answers_again(domain: Domain) -> None:
+    """It stands still while more is asked than the server keeps for it."""
+    async with Scratch() as scratch, AsyncExitStack() as entered:
+        server = await start_nats_server(
+            scratch, config='max_payload: 131072\nmax_pending: 262144\nwrite_deadline: "500ms"'
+        )
+        slow = await entered.enter_async_context(proxy(server.url))
+        near = Domain(domain.mongo_url, slow.url, domain.database, domain.prefix)
+        asking = await entered.enter_async_context(requester(server.url, domain.prefix))
+        agent = await entered.enter_async_context(near.agent(leader_ttl=1.0))
+        slow.silence()
+        while "Slow Consumer Detected" not in server.log_since(0):
+            await asking.client.publish(f"{asking.subjects.all_requests[:-1]}junk", bytes(64 * 1024))
+            await asking.client.flush()
+        slow.carry_on()
+        await eventually(lambda: agent._bus.reconnects > 0)
+        await within(agent.leader.leading.wait())
+        assert (await asking.open("amf-1")).incarnation
 
 
 async def test_a_demux_that_is_slower_than_its_own_queue_heals(
