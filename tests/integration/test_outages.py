@@ -92,7 +92,7 @@ async def test_while_mongodb_is_gone_stock_is_issued_and_requests_hear_so_and_no
         assert set(heard[led:]) == {"no responders"}
         told = heard[: heard.index("no answer")] if "no answer" in heard else heard[:led]
         assert set(told) == {"store_unavailable"}
-        assert len(told) > 5  # the others were under way when the lead ended: then nothing is answered (R2)
+        assert len(told) > 2  # the others were under way when the lead ended: then nothing is answered (R2)
         assert "silent" in await answer_of(http, f"{url}/readyz", "MongoDB")
         assert await answer_of(http, f"{url}/livez", "alive")
         assert resident_mib(process.pid) < before + GROWTH_MIB

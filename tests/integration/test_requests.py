@@ -169,7 +169,7 @@ async def test_a_large_snapshot_comes_in_pages_of_one_version_that_add_up_to_the
     domain: Domain,
 ) -> None:
     """Many owners do not fit one message; the last page says so and an empty message follows."""
-    async with domain.served() as asking:
+    async with domain.served(leader_ttl=20.0, liveness_ttl=20.0) as asking:  # all in this one process
         names = [f"amf-{i}.{'x' * 60}.{'y' * 60}.{'z' * 60}" for i in range(2000)]
         opened = await asyncio.gather(*[asking.open(name, request_id=name[:60]) for name in names])
         pods = zip(names, opened, strict=True)

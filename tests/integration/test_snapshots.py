@@ -38,10 +38,12 @@ async def test_a_snapshot_is_of_one_version_while_all_chunks_change_their_owner(
         await entered.enter_async_context(agent_process(small))
         pod = Drsm.connect(server.url, Pod("amf-1", "", ""), prefix=domain.prefix, timeout=20)
         await entered.enter_async_context(pod)
-        await pod.join(POOL, timeout=20)
         demuxes: list[Demux] = []
-        versions: set[m.Version] = set()
-        while sum(len(event.chunks) for event in asking.of(m.ChunkClaimed)) < CHUNKS:
+        versions: set[m.Version] = {page.version for page in await asking.snapshot()}
+        joining = asyncio.create_task(pod.join(POOL, timeout=20))
+        claimed = 0
+        while claimed < CHUNKS:
+            claimed = sum(len(event.chunks) for event in asking.of(m.ChunkClaimed))
             if len(demuxes) < 3:
                 demux = Demux.connect(server.url, POOL, prefix=domain.prefix, timeout=20)
                 demuxes.append(await entered.enter_async_context(demux))
@@ -53,6 +55,7 @@ async def test_a_snapshot_is_of_one_version_while_all_chunks_change_their_owner(
             ]
             versions.add(pages[0].version)
         assert len(versions) > 1
+        await joining
         table = await mongo_table(domain)
         await eventually(lambda: all(_routed(demux) == table and demux.synced for demux in demuxes))
 
