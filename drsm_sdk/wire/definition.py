@@ -51,9 +51,9 @@ class Definition(Space):
         most = f"at most {EXCLUDED_MAX} ranges, reserved and excluded in all"
         self._require("spaces", listed <= EXCLUDED_MAX, most, listed)
         for field in fields(Space):
-            if field.name not in {"name", "kind"}:
-                unset = getattr(self, field.name) == field.default
-                self._require(field.name, unset, "none of it beside spaces; each space has its own")
+            own = {"name": self.name, "kind": SPACES}.get(field.name)
+            unset = getattr(self, field.name) in (own, field.default)
+            self._require(field.name, unset, "none of it beside spaces; each space has its own")
         self._keep("kind", SPACES)
 
     @property
@@ -69,8 +69,8 @@ class Definition(Space):
     @property
     def usable(self) -> int:
         """How many chunks can issue at least one id of each space."""
-        barren = sum(last - first + 1 for first, last in self.barren_chunks if first < self.capacity)
-        return self.capacity - barren
+        end = self.capacity
+        return end - sum(min(last + 1, end) - min(first, end) for first, last in self.barren_chunks)
 
     @property
     def barren_chunks(self) -> tuple[Interval, ...]:

@@ -306,12 +306,13 @@ class Space:
         return 1 << max(self.prefix - network.prefixlen, 0)
 
     def _bars_within(self, first: int, last: int) -> Iterator[Interval]:
+        """Those of `barred` that have a number in common with these."""
         at = max(bisect_right(self._barred_from, first) - 1, 0)  # type: ignore[attr-defined]
         for low, high in self.barred[at:]:
             if low > last:
                 return
             if high >= first:
-                yield max(low, first), min(high, last)
+                yield low, high
 
     def _network(self, field: str, text: str) -> Network:
         try:

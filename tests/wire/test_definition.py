@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drsm_sdk.wire.definition import Definition
+from drsm_sdk.wire.space import Space
 
 WIDTHS = [(bits, block) for bits in range(10, 65) for block in range(1, min(16, bits - 1) + 1)]
 
@@ -137,12 +138,106 @@ def test_a_chunk_may_have_no_id_at_all() -> None:
         ({"quarantine_ms": -1}, "pool p: quarantine_ms: expected 0 or above, got -1"),
         ({"unscanned": ""}, "pool p: unscanned: expected 'keep' or 'free', got ''"),
         ({"revision": 0}, "pool p: revision: expected 1 or above, got 0"),
+        ({"order": "lifo"}, "pool p: order: expected 'fifo', 'random' or 'spread', got 'lifo'"),
+        (
+            {"ranges": ("10.0.0.0/8",)},
+            "pool p: ranges: expected none of it for integers, got ('10.0.0.0/8',)",
+        ),
+        (
+            {"excluded": ("10.0.0.1",)},
+            "pool p: excluded: expected none of it for integers, got ('10.0.0.1',)",
+        ),
+        ({"prefix": 64}, "pool p: prefix: expected none of it for integers, got 64"),
     ],
 )
 def test_a_bad_field_is_named_with_its_rule(fields: dict[str, Any], text: str) -> None:
     """What was expected, and what was found."""
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         Definition(**{"name": "p"} | fields)
+
+
+UES = {"kind": "ipv4", "ranges": ("10.45.0.0/16", "10.60.0.0/24")}
+V6 = {"kind": "ipv6", "ranges": ("2001:db8::/48",), "prefix": 64}
+V4_PREFIX = "ipv4 prefixes without host bits, such as 10.45.0.0/16"
+V6_PREFIX = "ipv6 prefixes without host bits, such as 2001:db8::/48"
+APART = "prefixes that do not overlap"
+WITHIN = "addresses and prefixes within one of the ranges"
+BESIDE = "none of it beside spaces; each space has its own"
+
+
+@pytest.mark.parametrize(
+    ("place", "changed", "rule", "found"),
+    [
+        (UES, {"ranges": ()}, "1..256 prefixes", ()),
+        (UES, {"ranges": ("10.45.0.0/16", "10.45.9.0/24")}, APART, "10.45.0.0/16 and 10.45.9.0/24"),
+        (UES, {"ranges": ("10.45.0.0/24", "10.45.0.0/24")}, APART, "10.45.0.0/24 and 10.45.0.0/24"),
+        (UES, {"ranges": ("10.45.0.1/16",)}, V4_PREFIX, "10.45.0.1/16"),
+        (UES, {"ranges": ("2001:db8::/48",)}, V4_PREFIX, "2001:db8::/48"),
+        (V6, {"ranges": ("10.45.0.0/16",)}, V6_PREFIX, "10.45.0.0/16"),
+        (
+            UES,
+            {"ranges": ("10.45.0.0/25",)},
+            "prefixes of at most 24 bits, as a block has 8 of 32",
+            "10.45.0.0/25",
+        ),
+        (
+            V6,
+            {"ranges": ("2001:db8::/60",)},
+            "prefixes of at most 56 bits, as a block has 8 of 64",
+            "2001:db8::/60",
+        ),
+        (
+            {"kind": "ipv6"},
+            {"ranges": ("2001:db8::/32",)},
+            "prefixes of more than 57 bits, or larger blocks",
+            "2001:db8::/32",
+        ),
+        (UES, {"prefix": 33}, "2..32", 33),
+        (UES, {"prefix": 1}, "2..32", 1),
+        (V6, {"prefix": 129}, "2..128", 129),
+        (UES, {"block_bits": 17}, "1..16", 17),
+        (UES | {"prefix": 8}, {"block_bits": 8}, "1..7, below prefix", 8),
+        (UES, {"slots": 257}, "1..256", 257),
+        (UES, {"bits": 24}, "none of it for addresses", 24),
+        (UES, {"reserved": ((1, 2),)}, "none of it for addresses", ((1, 2),)),
+        (UES, {"excluded": ("10.46.0.1",)}, WITHIN, "10.46.0.1"),
+        (UES, {"excluded": ("10.44.0.0/15",)}, WITHIN, "10.44.0.0/15"),
+        (UES, {"excluded": ("10.45.0.0/15",)}, V4_PREFIX, "10.45.0.0/15"),
+        (UES, {"excluded": ("10.45.0.300",)}, V4_PREFIX, "10.45.0.300"),
+    ],
+)
+def test_a_bad_field_of_addresses_is_named_with_its_rule(
+    place: dict[str, Any], changed: dict[str, Any], rule: str, found: Any
+) -> None:
+    """Of a pool, and the same of a space."""
+    (field,) = changed
+    for kind, called in ((Definition, "pool"), (Space, "space")):
+        text = f"{called} p: {field}: expected {rule}, got {found!r}"
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+            kind(**{"name": "p"} | place | changed)
+
+
+TWO = (Space(name="a", bits=32), Space(name="b", bits=64))
+
+
+@pytest.mark.parametrize(
+    ("changed", "rule"),
+    [
+        ({"spaces": (TWO[0], TWO[0])}, "spaces: expected each name once, got ['a', 'a']"),
+        ({"spaces": tuple(Space(name=f"s{i}") for i in range(9))}, "spaces: expected 1..8 of them, got "),
+        ({"spaces": (), "kind": "spaces"}, "spaces: expected 1..8 of them, got ()"),
+        ({"kind": "ipv4"}, f"kind: expected {BESIDE}, got 'ipv4'"),
+        ({"bits": 24}, f"bits: expected {BESIDE}, got 24"),
+        ({"slots": 9}, f"slots: expected {BESIDE}, got 9"),
+        ({"order": "random"}, f"order: expected {BESIDE}, got 'random'"),
+        ({"ranges": ("10.0.0.0/8",)}, f"ranges: expected {BESIDE}, got ('10.0.0.0/8',)"),
+        ({"reserved": ((1, 2),)}, f"reserved: expected {BESIDE}, got ((1, 2),)"),
+    ],
+)
+def test_what_spaces_cannot_be_is_named_with_its_rule(changed: dict[str, Any], rule: str) -> None:
+    """Each has a name of its own, and the pool has no place beside them."""
+    with pytest.raises(ValueError, match=f"^pool p: {re.escape(rule)}"):
+        Definition(**{"name": "p", "spaces": TWO} | changed)
 
 
 def test_the_limits_themselves_are_fine() -> None:
