@@ -121,9 +121,9 @@ class Requests:
         session = await self._living(request.pod, request.incarnation)
         await self._promise(session)
         liveness_ms = self._extend(session.key)
-        if use := {pool: use for pool, use in request.use.items() if pool in session.pools}:
-            self._use[session.key] = use
         held = {pool: self._held(pool, session.key) for pool in session.pools if pool in self._table.pools}
+        if use := {pool: use for pool, use in request.use.items() if pool in held}:
+            self._use[session.key] = use
         return m.Renewed(
             liveness_ms=liveness_ms,
             allocation_ms=self._allocation_ms(session, agrees=_agree(request.held, held)),

@@ -87,7 +87,7 @@ async def test_pools_shows_how_full_each_is_and_who_leads(domain: Domain) -> Non
         text, plain = await asyncio.gather(shown(domain, "pools"), shown(domain, "pools", "--json"))
     assert text.out.splitlines()[0].split() == [
         "POOL",
-        "BITS",
+        "IDS",
         "CHUNKS",
         "CAPACITY",
         "USED",
@@ -95,7 +95,7 @@ async def test_pools_shows_how_full_each_is_and_who_leads(domain: Domain) -> Non
         "ORPHANS",
         "MARKED",
     ]
-    assert text.rows[0] == [POOL, "24", "4", "16384", "0.0%", "2", "0", "0"]
+    assert text.rows[0] == [POOL, "24", "bits", "4", "16384", "0.0%", "2", "0", "0"]
     assert "led by " in text.out
     assert "(term 1) for " in text.out
     assert plain.json["pools"][0]["definition"]["name"] == POOL
@@ -147,10 +147,10 @@ async def test_chunks_shows_neighbours_of_one_owner_in_one_line(domain: Domain) 
             shown(domain, "chunks", "--json"),
         )
     assert text.rows == [
-        [POOL, "0-2", "3", "0-3047", "amf-1", str(one), "live"],
-        [POOL, "3", "1", "3072-4071", "amf-2", str(two), "live"],
+        [POOL, "0-2", "3", "0-3071", "amf-1", str(one), "live"],
+        [POOL, "3", "1", "3072-4095", "amf-2", str(two), "live"],
     ]
-    assert filtered.rows == [[POOL, "3", "1", "3072-4071", "amf-2", str(two), "live"]]
+    assert filtered.rows == [[POOL, "3", "1", "3072-4095", "amf-2", str(two), "live"]]
     assert [(run["first"], run["last"], run["owner"]["name"]) for run in plain.json] == [
         (0, 2, "amf-1"),
         (3, 3, "amf-2"),
@@ -168,9 +168,9 @@ async def test_orphans_are_shown_until_a_living_pod_has_claimed_them_marked(doma
         async with renewing(asking, ("amf-2", heir)):
             await asking.seen(lambda: asking.of(m.ChunkClaimed))
             none, marked = await asyncio.gather(shown(domain, "orphans"), shown(domain, "chunks", "--marked"))
-    assert orphans.rows == [[POOL, "0-1", "2", "0-2023", "amf-1", str(pod), "down"]]
+    assert orphans.rows == [[POOL, "0-1", "2", "0-2047", "amf-1", str(pod), "down"]]
     assert none.rows == []
-    assert marked.rows == [[POOL, "0-1", "2", "0-2023", "amf-2", str(heir), "live", "marked"]]
+    assert marked.rows == [[POOL, "0-1", "2", "0-2047", "amf-2", str(heir), "live", "marked"]]
 
 
 async def test_owner_tells_whose_an_id_is(domain: Domain) -> None:
@@ -195,12 +195,12 @@ async def test_owner_tells_whose_an_id_is(domain: Domain) -> None:
         "state": "live",
     }
     assert "amf-2" in hexadecimal.out
-    assert "never: 0, reserved, or beyond the slots" in never.out
+    assert "never: 0, reserved, excluded, or beyond the slots" in never.out
     assert plain.json["issuable"]
     assert "nobody" in nobody.out
     assert "no id of this pool" in outside.out
     assert (plain.json["chunk"], plain.json["owner"]["name"], plain.json["marked"]) == (2, "amf-1", False)
-    assert (nonsense.code, nonsense.err) == (2, f"drsm: id: pool {POOL} has integer ids\n")
+    assert (nonsense.code, nonsense.err) == (2, f"drsm: pool {POOL}: expected an id as int, found str\n")
 
 
 async def line(process: asyncio.subprocess.Process, *, sync: bool) -> str:
