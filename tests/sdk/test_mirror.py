@@ -176,6 +176,13 @@ def test_a_sync_confirms_or_raises_doubt() -> None:
     assert mirror.apply(head(11, 10), sync({1: A})) is Verdict.DOUBT
 
 
+def test_a_sync_of_a_higher_revision_needs_a_snapshot() -> None:
+    """The pool was redefined; an agent that says nothing of it, or less, has nothing new."""
+    mirror = loaded()
+    for revision, verdict in ((0, Verdict.CONFIRMED), (1, Verdict.CONFIRMED), (2, Verdict.GAP)):
+        assert mirror.apply(head(10, 10), replace(sync({1: A}), revision=revision)) is verdict
+
+
 def test_doubt_is_settled_by_events_that_were_under_way() -> None:
     mirror = loaded()
     ahead, said = head(11, 11), sync({1: A, 2: A})
