@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from enum import Enum
 from functools import partial
 from importlib.metadata import version
@@ -72,13 +72,16 @@ def restored() -> None:
 
 @app.command()
 def dev(
-    pool: Annotated[list[str] | None, typer.Option(help="Pool of 24-bit ids, repeatable.")] = None,
+    pool: Annotated[
+        list[str] | None,
+        typer.Option(help="Pool of 24-bit ids, repeatable; without any, the pools of DRSM_POOLS, or amfid."),
+    ] = None,
     members: Annotated[Members, typer.Option(help="Members of the MongoDB replica set.")] = Members.ONE,
     mongo_port: Annotated[int, typer.Option(help="Port of the first MongoDB member; 0: a free one.")] = 0,
     nats_port: Annotated[int, typer.Option(help="Port of NATS; 0: a free one.")] = 0,
 ) -> None:
     """Run a real MongoDB replica set, a real nats-server and an agent, until Ctrl-C. Nothing stays."""
-    _finish(partial(_dev, pool or ["amfid"], int(members.value), mongo_port or None, nats_port or None))
+    _finish(partial(_dev, pool or [], int(members.value), mongo_port or None, nats_port or None))
 
 
 @app.command()
@@ -143,19 +146,16 @@ async def _restored() -> None:
 
 async def _dev(pools: list[str], members: int, mongo_port: int | None, nats_port: int | None) -> None:
     logs.configure("console", "info")
-    settings.load(pools=[{"name": name} for name in pools])  # a mistake is told before anything is started
+    named = [{"name": name} for name in pools or ([] if settings.names_pools() else ["amfid"])]
+    given = {"pools": named} if named else {}
+    settings.load(**given)  # a mistake is told before anything is started
     stack = Stack(mongo_members=members, mongo_port=mongo_port, nats_port=nats_port)
-    await _until_signal(_develop(stack, pools))
+    await _until_signal(_develop(stack, given))
 
 
-async def _develop(stack: Stack, pools: list[str]) -> None:
+async def _develop(stack: Stack, given: Mapping[str, object]) -> None:
     async with stack:
-        configured = settings.load(
-            nats_url=stack.nats_url,
-            mongo_url=stack.mongo_url,
-            pools=[{"name": name} for name in pools],
-            http_port=0,
-        )
+        configured = settings.load(nats_url=stack.nats_url, mongo_url=stack.mongo_url, http_port=0, **given)
         async with running(configured) as agent:
             ended = asyncio.create_task(agent.ended())
             broken = asyncio.create_task(stack.ended())

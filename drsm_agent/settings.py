@@ -201,6 +201,11 @@ def load(**overrides: Any) -> Settings:
         raise Misconfigured(f"{CONFIG_VARIABLE}: expected a TOML file at {config}: {error}") from None
 
 
+def names_pools() -> bool:
+    """Whether the environment, or the file that it names, may say which pools there are."""
+    return bool(os.environ.get(f"{PREFIX}POOLS") or os.environ.get(CONFIG_VARIABLE))
+
+
 def unknown_variables() -> list[str]:
     """Variables with our prefix that mean nothing to us: most likely misspelt. Not refused, as Kubernetes
     sets such ones for a service whose name begins with `drsm`."""

@@ -19,10 +19,11 @@ DEMO_SECONDS = 110.0
 
 
 @asynccontextmanager
-async def command(*arguments: str | Path) -> AsyncIterator[asyncio.subprocess.Process]:
+async def command(*arguments: str | Path, **variables: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("DRSM_")}
     process = await asyncio.create_subprocess_exec(
         *arguments,
-        env={name: value for name, value in os.environ.items() if not name.startswith("DRSM_")},
+        env=clean | variables,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )

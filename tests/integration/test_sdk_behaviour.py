@@ -7,10 +7,12 @@ import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from ipaddress import IPv4Address, IPv6Network
 from typing import Any, Protocol
 
 import pytest
 
+from drsm_agent.settings import PoolSettings
 from drsm_sdk import (
     AgentUnavailable,
     BadRequest,
@@ -28,7 +30,6 @@ from drsm_sdk import (
 )
 from drsm_sdk.nats_transport import NatsTransport
 from drsm_sdk.wire import messages as wire
-from drsm_sdk.wire.definition import Definition
 from tests import harness
 from tests.harness import POOL, SEEN_SECONDS, eventually
 from tests.sdk.fake_agent import SkippingClock
@@ -37,10 +38,37 @@ TINY = "tiny"
 """Two chunks: four ids and, as id 0 is never issued, three."""
 SMALL = "small"
 """Four chunks: enough ids for a pod to find that it has too many of them."""
+UE, PREFIX, SESSION = "ue", "prefix", "session"
+"""IPv4 addresses of two ranges, with a block that has none; IPv6 prefixes; three ids for each session."""
 POOLS: list[dict[str, Any]] = [
     {"name": POOL, "bits": 12, "block_bits": 4, "slots": 10, "usage_lag_ms": 0},
     {"name": TINY, "bits": 10, "block_bits": 9, "slots": 4, "usage_lag_ms": 0},
     {"name": SMALL, "bits": 10, "block_bits": 8, "slots": 4, "usage_lag_ms": 0},
+    {
+        "name": UE,
+        "kind": "ipv4",
+        "ranges": ["10.45.0.0/28", "10.60.0.0/29"],
+        "excluded": ["10.45.0.8/29"],
+        "block_bits": 3,
+        "usage_lag_ms": 0,
+    },
+    {
+        "name": PREFIX,
+        "kind": "ipv6",
+        "ranges": ["2001:db8::/60"],
+        "prefix": 64,
+        "block_bits": 2,
+        "usage_lag_ms": 0,
+    },
+    {
+        "name": SESSION,
+        "usage_lag_ms": 0,
+        "spaces": [
+            {"name": "seid", "bits": 64, "block_bits": 3},
+            {"name": "ue_ip", "kind": "ipv4", "ranges": ["10.61.0.0/27"], "block_bits": 3},
+            {"name": "tmsi", "bits": 32, "block_bits": 6, "order": "spread"},
+        ],
+    },
 ]
 LIVENESS, ALLOCATION = 2.5, 4.0
 """Seconds; the liveness lease is the shortest that the real agent takes. A hold is `A + W`, here 4 s."""
@@ -123,7 +151,7 @@ async def backend(request: pytest.FixtureRequest, domain: harness.Domain) -> Asy
     if request.param == "real":
         yield Real(domain)
         return
-    definitions = [Definition(**pool) for pool in POOLS]
+    definitions = [PoolSettings(**pool).definition for pool in POOLS]
     async with testing.Domain(
         *definitions, hold=STAND_IN_HOLD, liveness=STAND_IN_LIVENESS, allocation=ALLOCATION
     ) as in_memory:
@@ -149,7 +177,7 @@ async def next_of(reader: Any, found: Callable[[Any], object]) -> Any:
     return item
 
 
-async def taken(pool: Pool, count: int) -> list[int]:
+async def taken(pool: Pool, count: int) -> list[Any]:
     return [await pool.allocate(timeout=5.0) for _ in range(count)]
 
 
@@ -158,7 +186,7 @@ def chunks(ids: list[int]) -> set[int]:
     return {id_ >> 4 for id_ in ids}
 
 
-def owners(demux: Demux, ids: list[int]) -> set[tuple[str, str] | None]:
+def owners(demux: Demux, ids: list[Any]) -> set[tuple[str, str] | None]:
     return {(owner.name, owner.state) if (owner := demux.owner(id_)) else None for id_ in ids}
 
 
@@ -272,6 +300,131 @@ async def allocated(pool: Pool) -> Any:
             return await pool.allocate(timeout=1.0)
         except PoolExhausted:
             continue
+
+
+# --- addresses, and several ids of one session ------------------------------------------------------
+
+
+async def test_addresses_are_issued_looked_up_and_announced_as_prefixes(backend: Backend) -> None:
+    """Never the network's, the gateway's, the broadcast's or an excluded one; to the last of them."""
+    async with backend.agent(), backend.demux(UE) as demux, backend.drsm(AMF_1) as drsm:
+        events = demux.events()
+        pool = await drsm.join(UE)
+        ids = await taken(pool, 11)
+        assert sorted(map(str, ids)) == sorted(
+            [f"10.45.0.{i}" for i in range(2, 8)] + [f"10.60.0.{i}" for i in range(2, 7)]
+        )
+        with pytest.raises(PoolExhausted, match="2 of 2 owned"):
+            await pool.allocate(timeout=10.0)
+        await eventually(lambda: owners(demux, ids) == {("amf-1", "live")})
+        assert demux.owner("10.60.0.3") == demux.owner(IPv4Address("10.60.0.3")) == pool.owner("10.60.0.3")
+        assert demux.owner("10.45.0.9") is None
+        prefixes: list[str] = []
+        while len(prefixes) < 2:
+            event = await next_of(events, lambda event: isinstance(event, wire.ChunkAllocated))
+            assert event.prefixes == demux.definition.prefixes(event.chunks)
+            prefixes += event.prefixes[UE]
+        assert sorted(prefixes) == ["10.45.0.0/29", "10.60.0.0/29"]
+        for wrong in (3, "10.45.0", "::1"):
+            with pytest.raises(BadRequest, match="pool ue: expected an ipv4 address, found"):
+                demux.owner(wrong)
+        with pytest.raises(NotOwner):
+            pool.release("10.45.0.9")
+
+
+async def test_an_id_may_be_a_prefix_and_any_address_of_it_tells_the_owner(backend: Backend) -> None:
+    async with backend.agent(), backend.demux(PREFIX) as demux, backend.drsm(AMF_1) as drsm:
+        pool = await drsm.join(PREFIX)
+        ids = await taken(pool, 16)
+        assert sorted(ids) == list(IPv6Network("2001:db8::/60").subnets(new_prefix=64))
+        await eventually(lambda: owners(demux, ids) == {("amf-1", "live")})
+        inside = [ids[5], str(ids[5]), ids[5][99], str(ids[5][99])]
+        assert owners(demux, inside) == {("amf-1", "live")}
+        pool.release(ids[5])
+        assert await pool.allocate() == ids[5]
+
+
+async def test_ids_of_a_session_are_of_one_chunk_and_move_together(backend: Backend) -> None:
+    """Asked for at once, or one beside another; the scan is asked for each space."""
+    asked: list[tuple[Any, Any, str]] = []
+
+    def in_use(first: Any, last: Any, space: str) -> list[Any]:
+        asked.append((first, last, space))
+        return [session[space] for session in kept if first <= session[space] <= last]
+
+    async with backend.agent(), backend.demux(SESSION) as demux, backend.drsm(AMF_1) as dying:
+        pool = await dying.join(SESSION)
+        sessions = [await pool.allocate_set(timeout=5.0) for _ in range(3)]
+        sessions.append({"tmsi": await pool.allocate(space="tmsi")})
+        for space in ("ue_ip", "seid"):
+            beside = ("tmsi", sessions[-1]["tmsi"])
+            sessions[-1][space] = pool.allocate_nowait(space=space, beside=beside)
+        for session in sessions:
+            assert set(session) == {"seid", "ue_ip", "tmsi"}
+            assert len({demux.definition.chunk_of(id_, space) for space, id_ in session.items()}) == 1
+        kept = sessions[1:]
+        for space, id_ in sessions[0].items():
+            pool.release(id_, space=space)
+        async with backend.drsm(AMF_2) as survivor:
+            heir = await survivor.join(SESSION, in_use=in_use)
+            reader = heir.changes()
+            await backend.kill(AMF_1)
+            gained = await next_of(reader, is_marked_gain)
+            await eventually(lambda: of_sessions(demux, kept) == {"amf-2"})
+            done = [
+                await next_of(reader, lambda change: isinstance(change, changes.Scanned))
+                for _ in gained.chunks
+            ]
+            assert sum(scan.in_use for scan in done) == 9
+            assert {space for _, _, space in asked} == {"seid", "ue_ip", "tmsi"}
+            assert (IPv4Address("10.61.0.0"), IPv4Address("10.61.0.7"), "ue_ip") in asked
+            new = await every_set(heir)
+            everything = kept + new
+            for space in ("seid", "ue_ip", "tmsi"):
+                assert len({session[space] for session in everything}) == len(everything)
+            assert all(heir.valid(id_, space=space) for session in kept for space, id_ in session.items())
+            assert {str(session["ue_ip"]) for session in everything} == {f"10.61.0.{i}" for i in range(2, 31)}
+
+
+async def every_set(pool: Pool) -> list[dict[str, Any]]:
+    """To the last one."""
+    sets: list[dict[str, Any]] = []
+    while True:
+        try:
+            sets.append(await pool.allocate_set(timeout=10.0))
+        except PoolExhausted:
+            return sets
+
+
+def of_sessions(demux: Demux, sessions: list[dict[str, Any]]) -> set[str | None]:
+    found = [demux.owner(id_, space=space) for session in sessions for space, id_ in session.items()]
+    return {owner.name if owner else None for owner in found}
+
+
+async def test_which_space_is_meant_must_be_said(backend: Backend) -> None:
+    """Of a pool with several; the error names them."""
+    says = "pool session: space: expected one of seid, ue_ip, tmsi, found"
+    async with backend.agent(), backend.demux(SESSION) as demux, backend.drsm(AMF_1) as drsm:
+        pool = await drsm.join(SESSION)
+        id_ = await pool.allocate(space="seid")
+        calls: list[Callable[[], Any]] = [
+            pool.allocate_nowait,
+            lambda: pool.allocate_nowait(space="imsi"),
+            lambda: pool.allocate_set_nowait("seid", "imsi"),
+            lambda: pool.allocate_nowait(space="seid", beside=("imsi", id_)),
+            lambda: pool.release(id_),
+            lambda: pool.valid(id_),
+            lambda: pool.grant(id_),
+            lambda: pool.owner(id_),
+            lambda: demux.owner(id_),
+            lambda: demux.owner(id_, space="imsi"),
+        ]
+        for call in calls:
+            with pytest.raises(BadRequest, match=says):
+                call()
+        with pytest.raises(BadRequest, match="pool session: expected an id as int, found IPv4Address"):
+            demux.owner(IPv4Address("10.61.0.2"), space="seid")
+        assert pool.stats.issued == 1
 
 
 # --- death and claims -------------------------------------------------------------------------------
