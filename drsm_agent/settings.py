@@ -225,7 +225,7 @@ def _mistake(entry: Any) -> str:
     if entry["type"] == "too_short" and name == "DRSM_POOLS":
         return f"DRSM_POOLS: expected at least one pool, for example {POOLS_EXAMPLE}"
     if entry["type"] == "extra_forbidden":
-        known = PoolSettings if rest else Settings
+        known = SpaceSettings if "spaces" in rest else PoolSettings if rest else Settings
         return f"{where}: no such field; the fields are {', '.join(known.model_fields)}"
     if entry["type"] == "value_error":
         return f"{where}: {message}"

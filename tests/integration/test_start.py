@@ -14,6 +14,7 @@ import pytest
 from drsm_agent import settings
 from drsm_agent.embedded import Scratch, Stack, start_nats_server, start_replica_set, start_standalone
 from drsm_agent.embedded.server import free_port
+from drsm_agent.settings import SpaceSettings
 from tests.harness import SEEN_SECONDS, Domain, requester, within
 
 EXIT_OK, EXIT_FAULT, EXIT_REFUSED = 0, 1, 2
@@ -62,6 +63,47 @@ async def refused(domain: Domain, **changed: str) -> str:
     return str(said[0])
 
 
+FIELDS = ", ".join(SpaceSettings.model_fields)
+BAD_POOLS = {
+    "ranges that overlap": (
+        '"kind": "ipv4", "ranges": ["10.45.0.0/16", "10.45.9.0/24"]',
+        "[0]: pool p: ranges: expected prefixes that do not overlap, got '10.45.0.0/16 and 10.45.9.0/24'",
+    ),
+    "prefix not aligned": (
+        '"kind": "ipv4", "ranges": ["10.45.0.1/16"]',
+        "[0]: pool p: ranges: expected ipv4 prefixes without host bits, such as 10.45.0.0/16, got ",
+    ),
+    "smaller than a block": (
+        '"kind": "ipv4", "ranges": ["10.45.0.0/25"]',
+        "[0]: pool p: ranges: expected prefixes of at most 24 bits, as a block has 8 of 32, got '10.45.0.0/",
+    ),
+    "bits of a block": (
+        '"bits": 10, "block_bits": 10',
+        "[0]: pool p: block_bits: expected 1..16 and below bits, got 10",
+    ),
+    "excluded outside": (
+        '"kind": "ipv4", "ranges": ["10.45.0.0/16"], "excluded": ["10.46.0.1"]',
+        "[0]: pool p: excluded: expected addresses and prefixes within one of the ranges, got '10.46.0.1'",
+    ),
+    "no slots": ('"slots": 0', "[0].slots: Input should be greater than or equal to 1, found 0"),
+    "space twice": (
+        '"spaces": [{"name": "a"}, {"name": "a"}]',
+        "[0]: pool p: spaces: expected each name once, got ['a', 'a']",
+    ),
+    "space's name": ('"spaces": [{"name": "A"}]', "[0]: name: expected [a-z0-9][a-z0-9_-]{0,31}"),
+    "space's field": (
+        '"spaces": [{"name": "a", "bits": 65}]',
+        "[0]: space a: bits: expected 10..64, got 65",
+    ),
+    "field beside spaces": (
+        '"spaces": [{"name": "a"}], "kind": "ipv4"',
+        "[0]: pool p: kind: expected none of it beside spaces; each space has its own, got 'ipv4'",
+    ),
+    "no such field": (
+        '"spaces": [{"name": "a", "quarantine_ms": 5}]',
+        f"[0].spaces[0].quarantine_ms: no such field; the fields are {FIELDS}\n",
+    ),
+}
 MISTAKES = {
     "pool definition": ({"DRSM_POOLS": '[{"name": "amfid", "bits": 4}]'}, "bits: expected 10..64, got 4"),
     "pool name": ({"DRSM_POOLS": '[{"name": "drsm_x"}]'}, "name: expected"),
@@ -88,6 +130,15 @@ async def test_a_mistake_in_the_settings_is_one_message_that_names_it(
 ) -> None:
     """Exit code 2, one line, and in it the setting, what was expected and what was found."""
     assert message in await refused(domain, **changed)
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD_POOLS.values(), ids=BAD_POOLS.keys())
+async def test_a_pool_that_cannot_be_is_one_message_that_names_field_and_rule(
+    domain: Domain, fields: str, message: str
+) -> None:
+    """Exit code 2, one line; docs/settings.md has all the rules."""
+    said = await refused(domain, DRSM_POOLS=f'[{{"name": "p", {fields}}}]')
+    assert f"{said}\n".startswith(f"drsm-agent: DRSM_POOLS{message}")
 
 
 async def test_a_standalone_mongod_is_refused_with_what_to_do(domain: Domain, stack: Stack) -> None:
