@@ -7,7 +7,7 @@ import pytest
 
 from drsm_sdk.wire import checksum
 from drsm_sdk.wire import messages as m
-from tests.harness import POOL, Domain, Failed, renewing
+from tests.harness import POOL, Domain, Failed, renewing, requester
 
 
 async def test_an_open_session_is_not_up_before_its_first_request(domain: Domain) -> None:
@@ -211,3 +211,23 @@ async def test_events_carry_headers_for_people_and_for_deduplication(domain: Dom
         assert headers["Nats-Msg-Id"].startswith("amfid.chunk.allocated.")
         syncs = await asking.seen(lambda: [r for r in asking.raw if r.subject.endswith("sync")])
         assert "Nats-Msg-Id" not in (syncs[0].headers or {})
+
+
+async def test_what_a_pod_says_of_a_pool_that_was_removed_is_left_aside(domain: Domain) -> None:
+    """The pod goes on in the others."""
+    both = [{"name": POOL}, {"name": "gone"}]
+    use = {POOL: m.Use(5, 6), "gone": m.Use(7, 8)}
+    async with requester(domain.nats_url, domain.prefix) as asking:
+        async with domain.agent(pools=both):
+            pod = (await asking.open("amf-1", pools=(POOL, "gone"))).incarnation
+            request = m.Renew("amf-1", pod, {}, use)
+            assert set((await asking.ask(asking.subjects.session("renew"), request, m.Renewed)).held) == {
+                POOL,
+                "gone",
+            }
+        async with domain.agent(pools=both[:1], settings_revision=2):
+            for _ in range(2):
+                renewed = await asking.ask(asking.subjects.session("renew"), request, m.Renewed)
+                assert set(renewed.held) == {POOL}
+            answer = await asking.ask(asking.subjects.pool(POOL, "pods"), m.Empty(), m.Pods)
+            assert answer.pods[0].use == use[POOL]
