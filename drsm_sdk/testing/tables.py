@@ -66,16 +66,18 @@ class Table:
         found: list[int] = []
         while len(found) < count and (self.following < self.capacity or self.freed):
             if self.following < self.capacity:
-                n, self.following = self.following, self.following + 1
+                n = self.following
+                _, last = self._barren(n) or (n, n)
+                self.following = last + 1
             else:
                 n = self.freed.popleft()
-            if n not in self.rows and not self.barren(n):
+            if n not in self.rows and self._barren(n) is None:
                 found.append(n)
         return found
 
-    def barren(self, n: int) -> bool:
-        """Whether the chunk cannot issue a single id."""
-        return any(first <= n <= last for first, last in self.definition.barren_chunks)
+    def _barren(self, n: int) -> tuple[int, int] | None:
+        """The run of chunks without a single id that the chunk lies in; it may be as long as the pool."""
+        return next((run for run in self.definition.barren_chunks if run[0] <= n <= run[1]), None)
 
     def release(self, n: int) -> None:
         del self.rows[n]

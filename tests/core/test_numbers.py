@@ -82,19 +82,34 @@ def test_a_huge_pool_costs_nothing() -> None:
     assert free.take(3, {0, capacity - 1}) == [1, 2, 3]
 
 
+def test_a_run_of_no_use_costs_nothing_however_long_it_is() -> None:
+    """Half of 2**54 chunks, at the start, in between and at the end."""
+    half = 2**53
+    assert FreeNumbers(2 * half, barren=[(0, half - 1), (half + 1, half + 1)]).take(2, ()) == [half, half + 2]
+    assert FreeNumbers(2 * half, barren=[(1, 2 * half - 1)]).take(2, ()) == [0]
+    free = FreeNumbers(2 * half, highest=2 * half - 1, barren=[(0, half - 1)])
+    assert free.take(1, ()) == [half]
+
+
 CAPACITY = 8
+
+
+def runs(numbers: set[int]) -> list[tuple[int, int]]:
+    """Numbers as (first, last), ascending."""
+    firsts = sorted(n for n in numbers if n - 1 not in numbers)
+    return list(zip(firsts, sorted(n for n in numbers if n + 1 not in numbers), strict=True))
 
 
 class AgainstAPlainModel(RuleBasedStateMachine):
     """Any order of grants, releases and others' doings, in a pool of eight chunks of which some were
-    in use when the agent started."""
+    in use when the agent started, and some are of no use."""
 
-    @initialize(used=st.sets(st.integers(0, CAPACITY - 1)))
-    def start(self, used: set[int]) -> None:
-        """A leader begins."""
+    @initialize(used=st.sets(st.integers(0, CAPACITY - 1)), barren=st.sets(st.integers(0, CAPACITY)))
+    def start(self, used: set[int], barren: set[int]) -> None:
+        """A leader begins. What is barren now may have been in use before."""
         highest = max(used, default=-1)
-        self.used = set(used)
-        self.free = FreeNumbers(CAPACITY, highest)
+        self.used, self.barren = set(used), barren
+        self.free = FreeNumbers(CAPACITY, highest, runs(barren))
         self.fresh = list(range(highest + 1, CAPACITY))  # this leader has never come to them
         self.rested: list[int] = []  # released, the one free longest first
         self.unknown = list(range(highest + 1))  # perhaps free, since nobody knows when
@@ -102,7 +117,7 @@ class AgainstAPlainModel(RuleBasedStateMachine):
     @rule(count=st.integers(1, 5))
     def take(self, count: int) -> None:
         """A request: as many as are free, each once; whatever stands in a list may be in use meanwhile."""
-        free = set(range(CAPACITY)) - self.used
+        free = set(range(CAPACITY)) - self.used - self.barren
         expected: list[int] = []
         for known in (self.fresh, self.rested, self.unknown):
             while known and len(expected) < count:

@@ -209,6 +209,14 @@ async def test_never_used_chunks_are_granted_first_then_the_one_free_longest() -
         assert [n for n, _ in (await ask.acquire(*pod, 2, "c")).chunks] == [0]
 
 
+async def test_chunks_that_can_issue_nothing_are_passed_over_however_many_they_are() -> None:
+    half = Definition(name=POOL, bits=64, reserved=((0, 2**63 - 1), (2**63 + 1024, 2**63 + 2047)))
+    async with Domain(half) as domain, domain.drsm(AMF_1) as drsm:
+        pool = await drsm.join(POOL)
+        ids = [await pool.allocate() for _ in range(1001)]
+        assert (ids[0], ids[999], ids[1000]) == (2**63, 2**63 + 999, 2**63 + 2048)
+
+
 async def test_a_marked_chunk_cannot_be_released_and_an_unknown_one_counts_as_released() -> None:
     async with Domain(SMALL) as domain:
         ask = await asking(domain)
