@@ -353,6 +353,7 @@ class StockAgainstAPlainModel(RuleBasedStateMachine):
         if self.current is None or not self.current.free:
             left = [chunk for chunk in self.held if chunk.free]
             if not left:
+                self.current = None
                 return None
             self.current = max(left, key=lambda chunk: len(chunk.issued))
         return self.current.free[0]
