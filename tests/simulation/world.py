@@ -338,7 +338,9 @@ class World:
         self.database.changed = lambda change: None
         for connection in list(self.network.connections):
             connection.close()
-        for node in (*nodes, self.node):
+        await self.node.bury()
+        self.node.kill()  # else its storm would go on, and stop in the middle who is about to end
+        for node in nodes:
             await node.bury()
 
     async def _until_failed(self, seconds: float) -> None:
