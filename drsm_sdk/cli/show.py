@@ -116,7 +116,7 @@ def _between(part: Space, first: int, last: int) -> str:
     """The ids of neighbouring chunks, as the first and the last, or as a prefix."""
     if part.kind == INTEGER:
         return f"{part.first_id(first)}-{part.last_id(last)}"
-    return part.block(first) if first == last else f"{part.block(first)}-{part.block(last)}"
+    return "-".join(part.block(n) or "outside" for n in dict.fromkeys((first, last)))
 
 
 def owner(id_: int | str, answer: m.OwnerAnswer, *, issuable: bool) -> str:

@@ -112,10 +112,16 @@ class Definition(Space):
         return all(self.keeps(other, n) for n in corners if n < other.capacity)
 
     def prefixes(self, chunks: Sequence[int]) -> dict[str, tuple[str, ...]]:
-        """Of each space of addresses, by its name, what these chunks are as prefixes, in their order."""
+        """Of each space of addresses, by its name, what these chunks are as prefixes, in their order. Empty
+        text for one that the pool does not have: a Go pod numbers chunks as it likes."""
         if not chunks:
             return {}
-        return {part.name: tuple(part.block(n) for n in chunks) for part in self.parts if part.ranges}
+        capacity = self.capacity
+        return {
+            part.name: tuple(part.block(n) if n < capacity else "" for n in chunks)
+            for part in self.parts
+            if part.ranges
+        }
 
     @property
     def _called(self) -> str:

@@ -420,7 +420,8 @@ class PodDown:
 @dataclass(frozen=True, slots=True)
 class ChunkAllocated:
     """`prefixes` of this and the other events of chunks: of each space of addresses, by its name, what the
-    chunks are as prefixes, in the order of `chunks`; for who programs routes."""
+    chunks are as prefixes, in the order of `chunks`; for who programs routes. Empty text for a chunk that
+    the pool does not have."""
 
     owner: OwnerRef
     chunks: tuple[int, ...]

@@ -148,6 +148,8 @@ class Space:
             first_block = int(network.network_address) >> (width - longest)
             ranges.append(Range(str(network), first_block, 1 << (longest - network.prefixlen), first_chunk))
         self._check_overlaps(ranges)
+        fits = sum(one.blocks for one in ranges) <= 1 << CHUNK_NUMBER_BITS_MAX
+        self._require("ranges", fits, f"prefixes of at most 2**{CHUNK_NUMBER_BITS_MAX} blocks in all")
         self._keep("_placed", tuple(ranges))
         self._keep("ranges", tuple(one.text for one in ranges))
 
@@ -205,9 +207,12 @@ class Space:
         return (n + 1 << self.block_bits) - 1
 
     def block(self, n: int) -> str:
-        """Addresses: the prefix of block `n`, for routes. Integers: its first and last id."""
+        """Addresses: the prefix of block `n`, for routes; empty if there is none. Integers: its first
+        and last id."""
         if self.kind == INTEGER:
             return f"{self.first_id(n)}-{self.last_id(n)}"
+        if n >= self.capacity:
+            return ""
         one = self._range_of(n)
         length = self.prefix - self.block_bits
         value = one.first_block + n - one.first_chunk << (WIDTH[self.kind] - length)

@@ -118,3 +118,11 @@ def test_any_bytes_are_text_or_a_decode_error(data: bytes) -> None:
     for reading in (as_text, as_json):
         with contextlib.suppress(DecodeError):
             reading(data).encode()
+
+
+def test_a_chunk_that_the_pool_does_not_have_is_shown_as_outside() -> None:
+    """A Go pod numbers chunks as it likes."""
+    definition = Definition(name="ue", kind="ipv4", ranges=("10.45.0.0/16",))
+    runs = [show.Run("ue", first, last, OWNERS[0], False) for first, last in ((255, 256), (300, 300))]
+    lines = show.chunks(runs, {"ue": definition}).splitlines()[1:]
+    assert [line.split()[3] for line in lines] == ["10.45.255.0/24-outside", "outside"]

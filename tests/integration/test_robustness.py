@@ -16,6 +16,7 @@ from drsm_agent.service import BusBroken, running
 from drsm_sdk.wire import codec
 from drsm_sdk.wire import messages as m
 from tests.harness import POOL, Domain, Failed, Requester, eventually, mongo_client, within
+from tests.integration.test_leadership import go_chunk
 from tests.integration.test_start import EXIT_OK, agent_process, refused
 
 NO_EVENTS = """
@@ -192,3 +193,18 @@ async def test_the_end_of_the_nats_connection_for_good_ends_the_agent(
             await clients[0].close()
             await within(agent.ended())
     assert isinstance(leaf(ended.value), BusBroken)
+
+
+async def test_a_chunk_outside_of_a_pool_of_addresses_is_an_event_without_a_prefix(domain: Domain) -> None:
+    """Go pods number chunks as they like: the agent goes on, and announces nobody else's addresses."""
+    pools = [{"name": POOL, "kind": "ipv4", "ranges": ["10.45.0.0/16"]}]
+    async with domain.served(pools=pools) as asking, mongo_client(domain) as client:
+        chunks = [go_chunk(n, "go-1") for n in (255, 256, 10**18)]
+        await client[domain.database][POOL].insert_many(chunks)
+        events = await asking.seen(
+            lambda: (
+                sum(len(e.chunks) for e in asking.of(m.ChunkAllocated)) == 3 and asking.of(m.ChunkAllocated)
+            )
+        )
+        prefixes = [prefix for event in events for prefix in event.prefixes[POOL]]
+        assert prefixes == ["10.45.255.0/24", "", ""]

@@ -245,3 +245,24 @@ def test_the_limits_themselves_are_fine() -> None:
     small = Definition(name="0", bits=10, block_bits=1, slots=1, usage_lag_ms=0, quarantine_ms=0)
     large = Definition(name="a" * 32, bits=64, block_bits=16, slots=2**16, reserved=((0, 2**64 - 1),))
     assert (small.capacity, large.capacity, large.last_id(2**48 - 1)) == (512, 2**48, 2**64 - 1)
+
+
+def test_a_chunk_that_the_pool_does_not_have_has_no_prefix() -> None:
+    """Nor has it a neighbour's: a Go pod numbers chunks as it likes."""
+    pool = Definition(name="ue", kind="ipv4", ranges=("10.45.0.0/16",))
+    assert pool.prefixes((255, 256, 10**18)) == {"ue": ("10.45.255.0/24", "", "")}
+    narrow = Definition(
+        name="p",
+        kind="spaces",
+        spaces=(Space(name="tmsi", bits=11), Space(name="ue", kind="ipv4", ranges=("10.45.0.0/16",))),
+    )
+    assert narrow.prefixes((1, 2)) == {"ue": ("10.45.1.0/24", "")}
+
+
+def test_all_ranges_together_have_no_more_blocks_than_can_be_numbered() -> None:
+    """A chunk's number has to fit its document's `_id`, and a message."""
+    ranges = tuple(f"{i:x}00::/8" for i in range(0x20, 0x23))
+    fields: dict[str, Any] = {"name": "p", "kind": "ipv6", "prefix": 78, "block_bits": 8}
+    assert Definition(ranges=ranges[:2], **fields).capacity == 2**63
+    with pytest.raises(ValueError, match=r"ranges: expected prefixes of at most 2\*\*63 blocks in all"):
+        Definition(ranges=ranges, **fields)
