@@ -23,6 +23,7 @@ from drsm_agent.settings import Settings
 from drsm_agent.store.mongo import MongoStore
 from drsm_agent.store.stored import ensure_stored
 from drsm_sdk.wire import codec
+from drsm_sdk.wire.definition import Definition
 from drsm_sdk.wire.subjects import Subjects
 
 CONNECT_TIMEOUT = 30.0
@@ -192,10 +193,16 @@ def stored_settings(settings: Settings) -> list[Document]:
         "revision": settings.settings_revision,
     }
     pools = [
-        {"_id": f"pool:{name}", "database": settings.databases[name]} | codec.to_map(definition)
+        {"_id": f"pool:{name}", "database": settings.databases[name]} | _stored(definition)
         for name, definition in settings.definitions.items()
     ]
     return [durations, *pools]
+
+
+def _stored(definition: Definition) -> Document:
+    """A definition as it is stored: BSON's integers are signed, and ids of 64 bits are not."""
+    fields: Document = codec.json_safe(codec.to_map(definition))
+    return fields
 
 
 def nats_options(settings: Settings) -> dict[str, Any]:

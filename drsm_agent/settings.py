@@ -39,6 +39,10 @@ CONFIG_VARIABLE = "DRSM_CONFIG"
 POOLS_MAX = 256
 DURATION_MAX = 86_400.0
 """A day: a longer lease would only hide a mistake in the unit."""
+QUARANTINE_MS_MAX = 30 * 86_400_000
+"""A month, for the same reason."""
+REVISION_MAX = 2**31 - 1
+"""As with Kubernetes; a larger one could not be stored, or not be raised any more."""
 POOLS_EXAMPLE = '[{"name": "amfid", "bits": 24}]'
 
 
@@ -70,9 +74,9 @@ class PoolSettings(SpaceSettings):
     """One pool: the fields of its definition, and the database that holds its collection."""
 
     usage_lag_ms: int = Field(10_000, ge=0)
-    quarantine_ms: int = Field(0, ge=0)
+    quarantine_ms: int = Field(0, ge=0, le=QUARANTINE_MS_MAX)
     unscanned: str = "keep"
-    revision: int = 1
+    revision: int = Field(1, le=REVISION_MAX)
     database: str = ""
     spaces: tuple[SpaceSettings, ...] = ()
 
@@ -106,7 +110,7 @@ class Settings(BaseSettings):
     """`A`: a pod cut off goes on issuing for so long."""
     leader_ttl: float = Field(3.0, gt=0, lt=DURATION_MAX)
     """`T`: a standby takes over a leader that was silent for so long."""
-    settings_revision: int = Field(1, ge=1)
+    settings_revision: int = Field(1, ge=1, le=REVISION_MAX)
     """Raise it to change a stored `L`, `A` or `T`, the subject prefix, or which pools there are."""
 
     agent_id: str = Field("", validation_alias=AliasChoices("DRSM_AGENT_ID", "HOSTNAME", "agent_id"))

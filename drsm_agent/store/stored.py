@@ -57,18 +57,24 @@ async def _in_the_way(
         old, new = _definition(before), _definition(document)
         if new.grows_from(old):
             continue
-        owned = [chunk for d in await store.read(old.name) if (chunk := read_chunk(d))]
-        moved = sorted((chunk.n, chunk.pod) for chunk in owned if not new.keeps(old, chunk.n))
-        found[document["_id"]] = [f"chunk {n} of {pod}" for n, pod in moved]
+        moved = await _moved(store, old, new)
         if not moved and document["revision"] > before["revision"]:
             await see_nobody_lead(store)
+            moved = await _moved(store, old, new)  # who led until now may have granted some
+        found[document["_id"]] = moved
     return found
+
+
+async def _moved(store: Store, old: Definition, new: Definition) -> list[str]:
+    owned = [chunk for document in await store.read(old.name) if (chunk := read_chunk(document))]
+    moved = sorted((chunk.n, chunk.pod) for chunk in owned if not new.keeps(old, chunk.n))
+    return [f"chunk {n} of {pod}" for n, pod in moved]
 
 
 def _definition(document: Document) -> Definition:
     """Raises Misconfigured for what an agent of another version has stored."""
     try:
-        return codec.from_map(Definition, present(document))
+        return codec.from_map(Definition, present(document), text_integers=True)
     except codec.DecodeError as error:
         raise Misconfigured(
             f"{document['_id']}: expected a definition in {SETTINGS}, found: {error}"

@@ -111,6 +111,14 @@ MISTAKES = {
     "unknown field": ({"DRSM_POOLS": '[{"name": "amfid", "bit": 24}]'}, "DRSM_POOLS[0].bit"),
     "two pools of one name": ({"DRSM_POOLS": '[{"name": "a"}, {"name": "a"}]'}, "each name once"),
     "no pool": ({"DRSM_POOLS": "[]"}, "expected at least one pool, for example"),
+    "revision": (
+        {"DRSM_POOLS": f'[{{"name": "a", "revision": {2**63}}}]'},
+        "DRSM_POOLS[0].revision: Input should",
+    ),
+    "quarantine": (
+        {"DRSM_POOLS": f'[{{"name": "a", "quarantine_ms": {2**63}}}]'},
+        "DRSM_POOLS[0].quarantine_ms: Input should",
+    ),
     "no JSON": ({"DRSM_POOLS": "amfid"}, "DRSM_POOLS: expected JSON"),
     "L": ({"DRSM_LIVENESS_TTL": "1"}, "expected L >= 5 x 0.5 s, found 1.0 s"),
     "A above L": ({"DRSM_ALLOCATION_TTL": "2"}, "expected A > L (3.0 s), found 2.0 s"),
@@ -261,3 +269,11 @@ def test_settings_can_come_from_a_toml_file(tmp_path: Path, monkeypatch: pytest.
     loaded = settings.load()
     assert (loaded.liveness_ttl, loaded.http_port) == (5.0, 8088)
     assert loaded.definitions["fseid"].bits == 40
+
+
+async def test_ids_above_what_mongodb_can_count_can_be_reserved(domain: Domain) -> None:
+    """Its integers are signed; ids of 64 bits are not. What is stored is then the same for the next agent."""
+    pool = {"name": "amfid", "bits": 64, "reserved": [[2**63, 2**64 - 1]]}
+    for changes in ({}, {}, {"revision": 2, "reserved": [[2**63 + 1, 2**64 - 1]]}):
+        async with domain.agent(pools=[pool | changes]):
+            pass

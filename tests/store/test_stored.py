@@ -253,3 +253,17 @@ async def test_endless_changes_by_others_end_the_attempt(
     monkeypatch.setattr(stored, "ATTEMPTS", 0)
     with pytest.raises(StoreUnavailable, match="start only one revision"):
         await ensure_stored(store, [SETTING])
+
+
+async def test_what_the_old_leader_granted_last_stands_in_the_way_too(
+    store: AnyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have died right after the look at what is owned."""
+    await ensure_stored(store, [SETTING, UES])
+
+    async def meanwhile(looked: AnyStore) -> None:
+        await owning(looked, 256)
+
+    monkeypatch.setattr(stored, "see_nobody_lead", meanwhile)
+    with pytest.raises(Misconfigured, match="chunk 256 of amf-1; have them given back"):
+        await ensure_stored(store, [SETTING, UES | {"ranges": ["10.45.0.0/16"], "revision": 2}])
