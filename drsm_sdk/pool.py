@@ -127,6 +127,8 @@ class Pool:
         if now >= leases.issue_until:
             raise self._session.refusal()
         places = tuple(map(self._place, spaces)) if spaces else tuple(range(len(self._parts)))
+        if len(set(places)) < len(places):
+            raise BadRequest(f"pool {self.name}: expected each space once, found {', '.join(spaces)}")
         ids = stock.take_set(now, places)
         supply = self._supply
         if supply is not None and stock.free < supply.wanted:
@@ -420,6 +422,8 @@ class Pool:
             case wire.ChunkClaimed(owner, previous, chunks) if _key(previous) == me:
                 if any(n in self._stock for n in chunks):  # else given back before the database was restored
                     self._session.end(life, f"claimed by {owner.name}")
+            case wire.Sync():
+                self._redefine()  # also where the session was opened by a leader with an older definition
             case wire.ChunkReleased():
                 if supply.trouble is not None:
                     supply.urge()

@@ -141,22 +141,16 @@ class Stock:
     """
 
     def __init__(self, definition: Definition, below: Below = _no_chance) -> None:
-        self.definition = definition
         self.free = self.releases = 0
         self._below = below
-        self._parts = definition.parts
-        self._shifts = [part.block_bits for part in self._parts]
-        self._quarantine = definition.quarantine_ms / 1000
-        self._left = [0] * len(self._parts)
-        self._opened = [0] * len(self._parts)
         self._chunks: dict[int, Chunk] = {}
         self._retired: set[tuple[int, str]] = set()
         self._seen: dict[tuple[int, str], None] = {}
         self._resting: deque[tuple[float, Chunk, int, int]] = deque()
         self._checksum = 0
         self._serial = 0
-        self._pickers = [Picker((space,)) for space in range(len(self._parts))]
-        self._sets: dict[tuple[int, ...], Picker] = {}
+        self._define(definition)
+        self._begin()
 
     # --- single ids -----------------------------------------------------------------------------
 
@@ -302,9 +296,10 @@ class Stock:
 
     def redefine(self, definition: Definition) -> None:
         """The pool has changed: nothing is issued any more that is now excluded. More ids of a block come
-        with the chunks that are taken up from now on."""
-        self.definition, self._parts = definition, definition.parts
-        self._quarantine = definition.quarantine_ms / 1000
+        with the chunks that are taken up from now on. Drop those first that lie elsewhere now."""
+        self._define(definition)
+        if not self._chunks:
+            self._begin()  # there may be other spaces than before
         for chunk in self._chunks.values():
             for space, block in enumerate(chunk.blocks):
                 kept = [id_ for id_ in block.free if not self._never_issued(id_, space)]
@@ -337,7 +332,7 @@ class Stock:
             ids = part.ids(n)
             block.used = dict.fromkeys(sorted(set(used) - block.released.keys()), now)
             fresh = [id_ for id_ in ids if id_ not in block.used and id_ not in block.released]
-            rest.append([*fresh, *block.released])
+            rest.append([*fresh, *(id_ for id_ in block.released if not part.never_issued(id_))])
             block.released = {}
         chunk.open, chunk.hold_until = True, None
         chunk.empty_since = now
@@ -422,6 +417,19 @@ class Stock:
         )
 
     # --- inside ---------------------------------------------------------------------------------
+
+    def _define(self, definition: Definition) -> None:
+        self.definition, self._parts = definition, definition.parts
+        self._shifts = [part.block_bits for part in self._parts]
+        self._quarantine = definition.quarantine_ms / 1000
+
+    def _begin(self) -> None:
+        """Without a chunk: nothing is free in any space."""
+        self.free = 0
+        self._left = [0] * len(self._parts)
+        self._opened = [0] * len(self._parts)
+        self._pickers = [Picker((space,)) for space in range(len(self._parts))]
+        self._sets: dict[tuple[int, ...], Picker] = {}
 
     def _draw(self, chunk: Chunk, space: int, now: float) -> int:
         block = chunk.blocks[space]

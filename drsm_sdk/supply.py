@@ -101,7 +101,10 @@ class Supply:
         self.wake()
 
     def redefine(self, definition: Definition) -> None:
-        """The pool has changed in a way that leaves what is held where it is."""
+        """The pool has changed. What is held stays where it is, or the agents do not count it as held: then
+        its ids are others now."""
+        before = self.stock.definition
+        self._drop([chunk.n for chunk in self.stock if not definition.keeps(before, chunk.n)])
         self.stock.redefine(definition)
         self.life.unsettled.set()
         self.wake()

@@ -11,6 +11,7 @@ from drsm_sdk.errors import NotAllocated, NotOwner
 from drsm_sdk.stock import SEEN_MAX, Level, Stock
 from drsm_sdk.wire.checksum import MODULUS, holding
 from drsm_sdk.wire.definition import Definition
+from drsm_sdk.wire.space import Space
 
 SMALL = Definition(name="p", bits=10, block_bits=3, slots=6)
 RESTING = Definition(name="p", bits=10, block_bits=3, slots=6, quarantine_ms=5_000)
@@ -610,3 +611,27 @@ class StockAgainstAPlainModel(RuleBasedStateMachine):
 
 TestStockAgainstAPlainModel = StockAgainstAPlainModel.TestCase
 TestStockAgainstAPlainModel.settings = settings(max_examples=250, stateful_step_count=50, deadline=None)
+
+
+def test_what_is_excluded_during_a_scan_is_not_issued_after_it() -> None:
+    """Also if it was released before that."""
+    stock = Stock(SMALL)
+    assert stock.add(1, grant(1), 0.0, hold_until=1.0)
+    assert stock.begin_scan(1, grant(1))
+    for id_ in (8, 9):
+        stock.release(id_, 1.0)
+    stock.redefine(Definition(name="p", bits=10, block_bits=3, slots=6, reserved=((8, 8),), revision=2))
+    assert stock.finish_scan(1, grant(1), [{10, 11, 12}], 1.0) == (3, 2)
+    assert sorted(taken(stock, 2)) == [9, 13]
+    assert stock.take(1.0) is None
+
+
+def test_without_a_chunk_a_pool_may_become_another() -> None:
+    """With other blocks, and other spaces."""
+    stock = Stock(SMALL)
+    spaces = (Space(name="a", bits=10, block_bits=4), Space(name="b", bits=10, block_bits=2))
+    stock.redefine(Definition(name="p", kind="spaces", spaces=spaces, revision=2))
+    assert stock.add(3, grant(3), 0.0)
+    assert stock.take_set(0.0, (0, 1)) == [48, 12]
+    stock.release(12, 0.0, 1)
+    assert (stock.free, stock.issued(48, 0), stock.issued(12, 1)) == (4, True, False)

@@ -7,18 +7,20 @@ import asyncio
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
-from drsm_sdk import AgentUnavailable, Demux, Drsm, Pod, Pool, SessionLost, changes
+from drsm_sdk import AgentUnavailable, BadRequest, Demux, Drsm, Pod, Pool, SessionLost, changes
 from drsm_sdk.testing import Definition, Domain, MemoryTransport
 from drsm_sdk.testing.agent import Agent
 from drsm_sdk.testing.bus import PAYLOAD_MAX, Bus, Reply, matches
 from drsm_sdk.transport import Message, NoAnswer, NoResponders, NotConnected, TooLarge
 from drsm_sdk.wire import codec
 from drsm_sdk.wire import messages as wire
+from drsm_sdk.wire.space import Space
 from drsm_sdk.wire.subjects import Subjects
 from tests.sdk.fake_agent import eventually
 
@@ -517,3 +519,44 @@ async def test_a_stand_in_that_breaks_says_so(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RuntimeError, match="stand-in broke") as raised:
         await domain.__aexit__(None, None, None)
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+
+# --- several spaces, and pools that change --------------------------------------------------------------
+
+PAIR = Definition(
+    name=POOL,
+    kind="spaces",
+    spaces=(Space(name="a", bits=12, block_bits=4), Space(name="b", bits=12, block_bits=4)),
+)
+
+
+async def test_a_space_that_is_named_twice_costs_no_id() -> None:
+    async with Domain(PAIR) as domain, domain.drsm(AMF_1) as drsm:
+        pool = await drsm.join(POOL)
+        with pytest.raises(BadRequest, match="expected each space once, found a, a"):
+            pool.allocate_set_nowait("a", "a")
+        assert pool.stats.issued == 0
+
+
+async def test_a_pod_whose_session_an_older_leader_opened_follows_the_newer_definition() -> None:
+    """Its table came from the newer one: no second snapshot tells it, but each sync does."""
+    async with Domain(SMALL) as domain, domain.drsm(AMF_1) as drsm:
+        pool = await drsm.join(POOL)
+        larger = replace(SMALL, bits=13, revision=2)
+        await eventually(lambda: pool.synced)
+        pool._follower.mirror._define(larger)  # as if it had been loaded before the session was opened
+        await eventually(lambda: pool.definition == larger)
+
+
+async def test_chunks_that_lie_elsewhere_now_are_lost() -> None:
+    """Agents change a pool so only when nobody owns them: then this pod's are over."""
+    async with Domain(SMALL) as domain, domain.drsm(AMF_1) as drsm:
+        pool = await drsm.join(POOL)
+        told = pool.changes()
+        id_ = pool.allocate_nowait()
+        supply = pool._supply
+        assert supply is not None
+        supply.redefine(replace(SMALL, block_bits=5, slots=20, revision=2))
+        lost = await next_of(told, lambda change: isinstance(change, changes.Lost))
+        assert lost.issued == ((id_, id_),)
+        assert supply.stock.free == 0
