@@ -47,7 +47,7 @@ from drsm_agent.reign import Grants, Hearing, Reign
 from drsm_agent.relay import Relay, position_document
 from drsm_agent.requests import Requests
 from drsm_agent.restorer import Restorer
-from drsm_agent.store.stored import ensure_singletons
+from drsm_agent.store.stored import check_current, ensure_singletons
 from drsm_sdk.wire.definition import Definition
 from drsm_sdk.wire.subjects import Subjects
 
@@ -265,6 +265,7 @@ class Leader:
         parts = self._parts
         await _retrying(lambda: ensure_singletons(parts.store))  # somebody may have dropped them
         settings = await _retrying(lambda: parts.store.read(writes.SETTINGS))
+        check_current(settings, parts.definitions)
         self._former_liveness = former_liveness(settings)
         restored = read_restored(settings)
         if restored and lead.term <= restored.term:

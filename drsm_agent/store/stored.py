@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from drsm_agent.alone import see_nobody_lead
 from drsm_agent.core.documents import Document, read_chunk
-from drsm_agent.core.settings import changed_pool, present, reconcile
+from drsm_agent.core.settings import POOL_PREFIX, changed_pool, present, reconcile
 from drsm_agent.core.writes import SETTINGS, Insert, Update, first_position, first_stamp
 from drsm_agent.errors import Misconfigured, StoreUnavailable
 from drsm_agent.ports import Store
@@ -40,6 +40,20 @@ async def ensure_singletons(store: Store) -> None:
     """The documents whose guards need something to match. Harmless where they are there."""
     for singleton in SINGLETONS:
         await store.write([singleton])
+
+
+def check_current(stored: Iterable[Document], definitions: Mapping[str, Definition]) -> None:
+    """Raise Misconfigured where a pool was since changed in a way that moves chunks. Nobody led then, as far
+    as was seen; who stood by unseen, cut off from NATS, must not lead with the old definition now."""
+    for document in stored:
+        pool = definitions.get(str(document["_id"]).removeprefix(POOL_PREFIX))
+        if pool is None or document["revision"] <= pool.revision:
+            continue
+        if not _definition(document).grows_from(pool):
+            raise Misconfigured(
+                f"{document['_id']}: expected revision {pool.revision} in {SETTINGS}, found "
+                f"{document['revision']}, which moves chunks: configure what is stored, and start again"
+            )
 
 
 async def _in_the_way(

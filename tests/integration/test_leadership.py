@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 
 from drsm_agent import reaper, relay
 from drsm_agent.embedded import Scratch, Stack, start_nats_server
+from drsm_agent.errors import Misconfigured, leaf
 from drsm_agent.service import running
 from drsm_sdk import Demux, Drsm, Pod
 from drsm_sdk.wire import messages as m
@@ -334,3 +335,20 @@ async def eventually_in_mongodb(domain: Domain, fields: dict[str, Any]) -> None:
     async with mongo_client(domain) as client, asyncio.timeout(20):
         while await client[domain.database]["drsm_leader"].find_one(fields) is None:
             await asyncio.sleep(0.05)
+
+
+async def test_a_standby_with_a_definition_that_was_moved_away_from_never_leads(domain: Domain) -> None:
+    """It would grant ids that are others' under the new one. (One that NATS does not carry is not seen to
+    wait, and a pool is changed so while nobody is seen to lead.)"""
+    pools = [{"name": POOL, "kind": "ipv4", "ranges": ["10.45.0.0/16"]}]
+    async with AsyncExitStack() as old, mongo_client(domain) as client:
+        await old.enter_async_context(domain.agent(pools=pools))
+        with pytest.raises(ExceptionGroup) as ended:  # noqa: PT012
+            async with running(domain.settings(pools=pools)) as standby:
+                stored = client[domain.database]["drsm_settings"]
+                moved = {"ranges": ["10.46.0.0/16"], "revision": 2}
+                await stored.update_one({"_id": f"pool:{POOL}"}, {"$set": moved})
+                await old.aclose()
+                await within(standby.ended())
+        assert isinstance(leaf(ended.value), Misconfigured)
+        assert "which moves chunks" in str(leaf(ended.value))
