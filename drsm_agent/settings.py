@@ -43,6 +43,8 @@ QUARANTINE_MS_MAX = 30 * 86_400_000
 """A month, for the same reason."""
 REVISION_MAX = 2**31 - 1
 """As with Kubernetes; a larger one could not be stored, or not be raised any more."""
+DATABASE_NAME = "[A-Za-z0-9_-]{1,63}"
+"""As MongoDB takes it on every system; with any other name an agent would wait for it without end."""
 POOLS_EXAMPLE = '[{"name": "amfid", "bits": 24}]'
 
 
@@ -77,7 +79,7 @@ class PoolSettings(SpaceSettings):
     quarantine_ms: int = Field(0, ge=0, le=QUARANTINE_MS_MAX)
     unscanned: str = "keep"
     revision: int = Field(1, le=REVISION_MAX)
-    database: str = ""
+    database: str = Field("", pattern=f"^({DATABASE_NAME})?$")
     spaces: tuple[SpaceSettings, ...] = ()
 
     @cached_property
@@ -100,7 +102,7 @@ class Settings(BaseSettings):
     """One or more NATS servers, separated by commas."""
     mongo_url: SecretStr = SecretStr("mongodb://127.0.0.1:27017/?replicaSet=rs0")
     """A replica set; a standalone mongod has no change streams and is refused."""
-    mongo_database: str = "sdcore"
+    mongo_database: str = Field("sdcore", pattern=f"^{DATABASE_NAME}$")
     subject_prefix: str = "drsm"
     pools: list[PoolSettings] = Field(default=[], min_length=1, max_length=POOLS_MAX)
 

@@ -119,6 +119,11 @@ MISTAKES = {
         {"DRSM_POOLS": f'[{{"name": "a", "quarantine_ms": {2**63}}}]'},
         "DRSM_POOLS[0].quarantine_ms: Input should",
     ),
+    "database": ({"DRSM_MONGO_DATABASE": "a/b"}, "DRSM_MONGO_DATABASE: String should match pattern"),
+    "database of a pool": (
+        {"DRSM_POOLS": '[{"name": "a", "database": "a b"}]'},
+        "DRSM_POOLS[0].database: String should match pattern",
+    ),
     "no JSON": ({"DRSM_POOLS": "amfid"}, "DRSM_POOLS: expected JSON"),
     "L": ({"DRSM_LIVENESS_TTL": "1"}, "expected L >= 5 x 0.5 s, found 1.0 s"),
     "A above L": ({"DRSM_ALLOCATION_TTL": "2"}, "expected A > L (3.0 s), found 2.0 s"),
