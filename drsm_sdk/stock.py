@@ -244,7 +244,7 @@ class Stock:
         return chunk.grant
 
     def thaw(self, now: float) -> int:
-        """Free the ids whose quarantine is over; returns how many."""
+        """Free the ids whose quarantine is over; returns how many, with those that are never issued again."""
         resting, thawed = self._resting, 0
         while resting and resting[0][0] <= now:
             _, chunk, space, id_ = resting.popleft()
