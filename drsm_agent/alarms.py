@@ -50,7 +50,9 @@ class Alarms:
 
     def _leaks(self, pool: PoolTable, key: Key) -> bool:
         said = self._use.get(key, {}).get(pool.name, m.Use())
-        return usage.only_allocates(said.issued, said.released, self._definitions[pool.name].ids_per_chunk)
+        definition = self._definitions[pool.name]
+        ids = definition.ids_per_chunk * len(definition.parts)  # what is said is of all spaces together
+        return usage.only_allocates(said.issued, said.released, ids)
 
     def _overdue_in(self, pool: PoolTable) -> list[int]:
         marked = ((n, pool.chunks[n].grant, pool.chunks[n].hold_ms) for n in pool.marked)

@@ -194,7 +194,11 @@ class Reaper:
                 log.info("claimed", pool=pool.name, chunks=outcome.changed, by=by)
 
     def _claimable(self, pool: PoolTable) -> list[Chunk]:
-        return [orphan for orphan in pool.orphans() if self._may_claim(pool, orphan.owner)]
+        """Not what lies outside of the pool, where a Go pod may have put it: no SDK pod takes that up."""
+        capacity = self._definitions[pool.name].capacity
+        return [
+            orphan for orphan in pool.orphans() if orphan.n < capacity and self._may_claim(pool, orphan.owner)
+        ]
 
     def _may_claim(self, pool: PoolTable, former: Owner) -> bool:
         """Whether the owner's death is final, and nobody may still be routed to it for good reason."""

@@ -36,6 +36,11 @@ def wanted(rate: float, slots: int) -> int:
     return max(ceil(rate * AHEAD), slots)
 
 
+def sparing(slots: int) -> int:
+    """The same while the pool runs out: half a chunk, so that one which has not all its ids will do."""
+    return max(slots // 2, 1)
+
+
 def chunks_to_ask(free: int, wanted_ids: int, slots: int) -> int:
     """How many chunks to ask for; 0 when there is enough."""
     return min(max(ceil((wanted_ids - free) / slots), 0), ACQUIRE_COUNT_MAX)

@@ -204,7 +204,7 @@ class Pool:
         allocation lease has not run out. Ask again after any pause before acting on an id."""
         if self._clock() >= self._leases.allocation_until:
             return False
-        if self._plain and space is None:
+        if self._plain and space is None and id_.__class__ is int:
             return self._stock.issued(id_)
         place = self._place(space)
         ordinal = self._located(id_, place)
@@ -213,7 +213,7 @@ class Pool:
     def grant(self, id_: Item, *, space: str | None = None) -> str:
         """The fencing token to store with `id_`, 16 hex digits: another one as soon as its chunk has had
         another owner. Raises NotOwner."""
-        if self._plain and space is None:
+        if self._plain and space is None and id_.__class__ is int:
             return self._stock.grant(id_)
         place = self._place(space)
         return self._stock.grant(self._ordinal(id_, place), place)

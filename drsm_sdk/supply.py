@@ -114,7 +114,7 @@ class Supply:
         keeps no more in stock than it must."""
         self._asked_back = count
         self._sparing_until = self._clock() + RECALL_SPARING
-        self.wanted = self.stock.definition.ids_per_chunk
+        self.wanted = demand.sparing(self.stock.definition.ids_per_chunk)
         self._wake_returns.set()
 
     def end(self) -> None:
@@ -281,7 +281,7 @@ class Supply:
     def _retire(self) -> None:
         """From here on nothing is issued from these chunks, whatever becomes of the request."""
         now = self._clock()
-        least = self.stock.definition.ids_per_chunk
+        least = demand.sparing(self.stock.definition.ids_per_chunk)
         numbers = self.stock.retire(now, idle=IDLE, keep=demand.ids_to_keep(self.wanted), most=PAIRS_MAX)
         if self._asked_back > len(numbers):
             numbers += self.stock.retire(
@@ -358,8 +358,9 @@ class Supply:
         while True:
             now = self._clock()
             self._rate.sample(now, self.stock.drawn)
-            least = self.stock.definition.ids_per_chunk
-            self.wanted = least if now < self._sparing_until else demand.wanted(self._rate.value, least)
+            chunk = self.stock.definition.ids_per_chunk
+            sparing = now < self._sparing_until
+            self.wanted = demand.sparing(chunk) if sparing else demand.wanted(self._rate.value, chunk)
             if self.stock.thaw(now):
                 self._changed()
             if self.stock.free < self.wanted:

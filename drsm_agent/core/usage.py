@@ -14,11 +14,11 @@ MARK_GRACE = 60.0
 
 
 def asked_back(capacity: int, owned: int, free_ids: int, ids_per_chunk: int) -> int:
-    """How many chunks a pod with so many free ids is asked for: what it may have beyond one chunk, while the
-    pool runs out. It gives back only empty ones."""
+    """How many chunks a pod with so many free ids is asked for: what it may have beyond one chunk (in which
+    some ids may never be issued), while the pool runs out. It gives back only empty ones."""
     if capacity - owned >= RECALL_SHARE * capacity:
         return 0
-    return max(free_ids // ids_per_chunk - 1, 0)
+    return max((free_ids + ids_per_chunk // 2) // ids_per_chunk - 1, 0)
 
 
 def only_allocates(issued: int, released: int, ids_per_chunk: int) -> bool:

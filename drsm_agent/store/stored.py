@@ -95,6 +95,14 @@ def _definition(document: Document) -> Definition:
         ) from None
 
 
+def _same_pool(stored: Document | None, configured: Document) -> bool:
+    """Whether a pool is defined as it was, whatever fields another version writes or leaves out."""
+    if stored is None or not changed_pool(stored, configured):
+        return False
+    same_place = stored.get("database") == configured.get("database")
+    return same_place and _definition(stored) == _definition(configured)
+
+
 def _differences(
     stored: Iterable[Document], configured: Iterable[Document], in_the_way: Mapping[str, list[str]]
 ) -> list[Insert | Update]:
@@ -103,6 +111,8 @@ def _differences(
     writes: list[Insert | Update] = []
     refusals = []
     for document in configured:
+        if _same_pool(known.get(document["_id"]), document):
+            continue
         try:
             write = reconcile(known.get(document["_id"]), document, in_the_way.get(document["_id"], ()))
         except ValueError as refusal:

@@ -15,9 +15,9 @@ COUNTS = st.integers(0, 10_000)
         (95, 5000, 0),
         (96, 5000, 4),
         (100, 5000, 4),
-        (100, 2999, 1),
-        (100, 2000, 1),
-        (100, 1999, 0),
+        (100, 2499, 1),
+        (100, 1998, 1),
+        (100, 1499, 0),
         (100, 0, 0),
     ],
 )
@@ -28,13 +28,13 @@ def test_as_a_pool_of_a_hundred_runs_out_pods_are_asked_for_all_but_one_chunk_of
 
 
 @given(COUNTS, COUNTS, COUNTS, st.integers(1, 1000))
-def test_a_pod_that_gives_back_what_is_asked_keeps_a_chunk_of_free_ids(
+def test_a_pod_that_gives_back_what_is_asked_keeps_half_a_chunk_of_free_ids(
     capacity: int, owned: int, free_ids: int, ids_per_chunk: int
 ) -> None:
-    """It would ask for one again at once."""
+    """It would ask for one again at once with fewer; a chunk with ids that are never issued will do."""
     asked = asked_back(capacity, owned, free_ids, ids_per_chunk)
     assert asked >= 0
-    assert asked == 0 or free_ids - asked * ids_per_chunk >= ids_per_chunk
+    assert asked == 0 or free_ids - asked * ids_per_chunk >= ids_per_chunk // 2
 
 
 def test_three_chunks_of_ids_and_not_one_released_looks_like_a_leak() -> None:

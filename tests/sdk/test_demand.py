@@ -58,3 +58,9 @@ def test_a_rate_is_never_negative_and_never_above_the_highest_pace(steps: list[t
         rate.sample(now, total)
         highest = max(highest, drawn / (now - before))
         assert 0.0 <= rate.value <= highest + 1e-6
+
+
+def test_while_a_pool_runs_out_a_chunk_without_all_its_ids_will_do() -> None:
+    """The first one of a range of addresses lacks network and gateway; another would be asked for at once."""
+    assert demand.sparing(256) <= 254
+    assert demand.sparing(1) == 1

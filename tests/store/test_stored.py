@@ -23,6 +23,8 @@ from drsm_agent.core.writes import (
 from drsm_agent.errors import Misconfigured, StoreUnavailable
 from drsm_agent.store import stored
 from drsm_agent.store.stored import ensure_stored
+from drsm_sdk.wire import codec
+from drsm_sdk.wire.definition import Definition
 from tests.store.tools import TERM, AnyStore, found, only
 
 SETTING: Document = {
@@ -147,6 +149,14 @@ UES: Document = {
     "ranges": ["10.45.0.0/16", "10.60.0.0/24"],
     "revision": 1,
 }
+
+
+async def test_a_pool_that_an_older_agent_stored_with_fewer_fields_is_the_same(store: AnyStore) -> None:
+    """An upgrade alone needs no higher revision."""
+    await ensure_stored(store, [SETTING, UES])
+    definition = Definition(name="amfid", kind="ipv4", ranges=tuple(UES["ranges"]))
+    await ensure_stored(store, [SETTING, {"_id": "pool:amfid"} | codec.to_map(definition)])
+    assert await found(store, SETTINGS, "pool:amfid") == UES
 
 
 async def owning(store: AnyStore, *numbers: int) -> None:
