@@ -34,7 +34,7 @@ from drsm_sdk.wire.subjects import Subjects
 SYNC_INTERVAL = 2.0
 POSITION_INTERVAL = 1.0
 """How much is published twice at most after a crash, in seconds of events."""
-IDLE_INTERVAL = 10.0
+IDLE_INTERVAL = 2.0
 """How long after its start a standby may have to wait until it could go on in the same history."""
 FLUSH_RETRY = 0.2
 SHOWN_TIMEOUT = 4.0

@@ -433,7 +433,7 @@ class Requests:
     def pool(self, name: str) -> PoolTable:
         """The pool of a request. Raises Refused: unknown_pool."""
         if name not in self._table.pools:
-            raise Refused("unknown_pool", "no pool of this name; `drsm pools` lists those there are")
+            raise Refused("unknown_pool", f"no pool {name}; `drsm pools` lists those there are")
         return self._table.pools[name]
 
     def _state_of(self, key: Key) -> str:

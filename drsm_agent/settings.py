@@ -89,7 +89,11 @@ class PoolSettings(SpaceSettings):
 
     @model_validator(mode="after")
     def _is_a_definition(self) -> "PoolSettings":
-        self.definition  # noqa: B018  # raises ValueError that names the field and the rule
+        if self.definition.usable == 0:  # which itself raises ValueError that names the field and the rule
+            raise ValueError(
+                f"pool {self.name}: expected a chunk with an id that may be issued, found that all ids are "
+                "reserved, excluded, network, gateway or broadcast"
+            )
         return self
 
 

@@ -52,7 +52,7 @@ def changed_pool(stored: Document | None, configured: Document) -> bool:
 
 def _faults(old: Document, new: Document, in_the_way: Sequence[str]) -> Iterator[str]:
     if new["revision"] <= old["revision"]:
-        yield f"a change needs a revision above {old['revision']}"
+        yield f"a change needs a revision above {old['revision']}: raise {_revision_of(str(old['_id']))}"
     if old.get("database") != new.get("database"):
         yield "database cannot change"
     if in_the_way:
@@ -61,12 +61,19 @@ def _faults(old: Document, new: Document, in_the_way: Sequence[str]) -> Iterator
         yield f"these would not stay where they are: {named}; have them given back first"
 
 
+def _revision_of(what: str) -> str:
+    """What an operator raises."""
+    if what.startswith(POOL_PREFIX):
+        return f"`revision` of pool {what.removeprefix(POOL_PREFIX)} in DRSM_POOLS"
+    return "DRSM_SETTINGS_REVISION"
+
+
 def _refusal(old: Document, new: Document, faults: list[str]) -> str:
     what = str(old["_id"])
     names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     return (
         f"{what}: {'; '.join(faults)}. Stored: {_some(old, names)}; configured: {_some(new, names)}. "
-        "Configure what is stored, or a change that is allowed with a higher revision"
+        "Or configure what is stored"
     )
 
 

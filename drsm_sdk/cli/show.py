@@ -123,14 +123,13 @@ def owner(id_: int | str, answer: m.OwnerAnswer, *, issuable: bool) -> str:
     fields: dict[str, Any] = {"id": id_, "chunk": "none: no id of this pool"}
     if answer.chunk is not None:
         fields |= {"chunk": answer.chunk, "owner": "nobody"}
+        never = "never: 0, reserved, excluded, or beyond the slots of its chunk"
+        fields |= {} if issuable else {"issued": never}
     if answer.owner is not None:
         who = answer.owner
         fields |= {"owner": who.name, "ip": who.ip, "instance": who.instance}
         fields |= {"incarnation": who.incarnation, "state": who.state}
         fields |= {"marked": "yes: not scanned yet"} if answer.marked else {}
-        fields |= (
-            {} if issuable else {"issued": "never: 0, reserved, excluded, or beyond the slots of its chunk"}
-        )
     return _fields(fields)
 
 

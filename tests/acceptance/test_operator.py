@@ -305,7 +305,7 @@ async def test_without_nats_a_command_says_so(domain: Domain, command: str, unus
 
 async def test_a_mistake_is_one_message_and_exit_code_2(domain: Domain) -> None:
     mistakes: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
-        ("no pool of this name; `drsm pools` lists those there are", ("pods", "nosuch"), {}),
+        ("no pool nosuch; `drsm pools` lists those there are", ("pods", "nosuch"), {}),
         ("pool name: expected [a-z0-9]", ("chunks", "a b"), {}),
         ("subject prefix must be", ("pools", "--prefix", "a b"), {}),
         ("expected a NATS URL such as nats://", ("pools", "--nats-url", "http://127.0.0.1:4222"), {}),

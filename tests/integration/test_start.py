@@ -110,6 +110,12 @@ MISTAKES = {
     "not of NATS": ({"DRSM_NATS_URL": "http://u:secret@nats:4222"}, "expected URLs such as nats://host:4222"),
     "unknown field": ({"DRSM_POOLS": '[{"name": "amfid", "bit": 24}]'}, "DRSM_POOLS[0].bit"),
     "two pools of one name": ({"DRSM_POOLS": '[{"name": "a"}, {"name": "a"}]'}, "each name once"),
+    "nothing to issue": (
+        {
+            "DRSM_POOLS": '[{"name": "a", "kind": "ipv4", "ranges": ["10.7.0.0/24"], "excluded": ["10.7.0.0/24"]}]'
+        },
+        "pool a: expected a chunk with an id that may be issued",
+    ),
     "no pool": ({"DRSM_POOLS": "[]"}, "expected at least one pool, for example"),
     "revision": (
         {"DRSM_POOLS": f'[{{"name": "a", "revision": {2**63}}}]'},

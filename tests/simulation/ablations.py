@@ -261,10 +261,10 @@ ABLATIONS: tuple[Ablation, ...] = (
         "G1",
         RETURNING,
         ((Restorer, "may_issue", lambda *_, **__: True),),
-        hint=34,
+        hint=33,
     ),
     Ablation(
-        "grants go on at once after a restore", "G1", RESTORES, ((Grants, "left", lambda _: 0.0),), hint=5
+        "grants go on at once after a restore", "G1", RESTORES, ((Grants, "left", lambda _: 0.0),), hint=19
     ),
     Ablation(
         "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=174
@@ -281,7 +281,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "5",
         INHERITANCE,
         ((Stock, "_release_closed", _release_counts_at_once),),
-        hint=0,
+        hint=3,
     ),
     Ablation(
         "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=32
@@ -357,22 +357,22 @@ ABLATIONS: tuple[Ablation, ...] = (
         "G3",
         NAMESAKES,
         ((sdk_pool, "_key", _name_only),),
-        hint=1,
+        hint=103,
     ),
     Ablation(
         "a repeated acquire is a new one", "repeats", LOSSES, ((requests, "_Wanted", _wanted_anew),), hint=8
     ),
     Ablation(
-        "a repeated open is a new one", "repeats", LOSSES, ((Requests, "_new_session", _opened_anew),), hint=4
+        "a repeated open is a new one", "repeats", LOSSES, ((Requests, "_new_session", _opened_anew),), hint=0
     ),
     Ablation(
         "a new leader publishes nothing of what the old one left",
         "R6",
         LEADERS,
         ((Relay, "publish_log", _taken_for_published),),
-        hint=18,
+        hint=34,
     ),
-    Ablation("answers before the event is out", "G4", RESTLESS, ((Relay, "caught_up", _at_once),), hint=13),
+    Ablation("answers before the event is out", "G4", RESTLESS, ((Relay, "caught_up", _at_once),), hint=10),
     Ablation(
         "a number that was given back is not granted again",
         "G3",
