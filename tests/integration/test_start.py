@@ -112,7 +112,7 @@ MISTAKES = {
     "two pools of one name": ({"DRSM_POOLS": '[{"name": "a"}, {"name": "a"}]'}, "each name once"),
     "nothing to issue": (
         {
-            "DRSM_POOLS": '[{"name": "a", "kind": "ipv4", "ranges": ["10.7.0.0/24"], "excluded": ["10.7.0.0/24"]}]'
+            "DRSM_POOLS": '[{"name": "a", "kind": "ipv4", "ranges": ["10.7.0.0/24"], "excluded": ["10.7.0.0/24"]}]'  # noqa: E501
         },
         "pool a: expected a chunk with an id that may be issued",
     ),

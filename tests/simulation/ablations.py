@@ -254,20 +254,20 @@ ABLATIONS: tuple[Ablation, ...] = (
         "4",
         SHRINKING,
         ((reaper, "hold_ms", _as_promised_today),),
-        hint=0,
+        hint=2,
     ),
     Ablation(
         "leases go on at once after a restore",
         "G1",
         RETURNING,
         ((Restorer, "may_issue", lambda *_, **__: True),),
-        hint=33,
+        hint=9,
     ),
     Ablation(
         "grants go on at once after a restore", "G1", RESTORES, ((Grants, "left", lambda _: 0.0),), hint=19
     ),
     Ablation(
-        "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=174
+        "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=108
     ),
     Ablation(
         "a mark is forgotten when its owner closes",
@@ -284,14 +284,14 @@ ABLATIONS: tuple[Ablation, ...] = (
         hint=3,
     ),
     Ablation(
-        "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=32
+        "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=5
     ),
     Ablation(
         "the holder's durations are not shortened",
         "R1",
         CLOCKS,
         ((requests, "holder_duration", _whole), (election, "holder_duration", _whole)),
-        hint=1,
+        hint=6,
     ),
     Ablation(
         "no second look at the lease after taking an id",
@@ -310,7 +310,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "R5",
         LATE_DEATHS,
         ((writes, "end_session", _death_without_term),),
-        hint=14,
+        hint=57,
     ),
     Ablation("no stamp before answering", "R5", LATE_DEATHS, ((Leader, "_stamp", _no_stamp),), hint=29),
     Ablation(
@@ -318,7 +318,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "R6",
         LAGGING,
         ((Leader, "_stamp", _no_barrier),),
-        hint=35,
+        hint=0,
     ),
     Ablation(
         "a renewal counts after death was decided",
@@ -350,14 +350,14 @@ ABLATIONS: tuple[Ablation, ...] = (
         "death in steps",
         ABSENCES,
         ((writes, "_mirror_guard", _mirror_of_the_name),),
-        hint=12,
+        hint=6,
     ),
     Ablation(
         "a pod takes events of its name for its own",
         "G3",
         NAMESAKES,
         ((sdk_pool, "_key", _name_only),),
-        hint=103,
+        hint=159,
     ),
     Ablation(
         "a repeated acquire is a new one", "repeats", LOSSES, ((requests, "_Wanted", _wanted_anew),), hint=8
@@ -370,7 +370,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "R6",
         LEADERS,
         ((Relay, "publish_log", _taken_for_published),),
-        hint=34,
+        hint=0,
     ),
     Ablation("answers before the event is out", "G4", RESTLESS, ((Relay, "caught_up", _at_once),), hint=10),
     Ablation(
@@ -378,6 +378,6 @@ ABLATIONS: tuple[Ablation, ...] = (
         "G3",
         ANY,
         ((FreeNumbers, "freed", lambda *_: None),),
-        hint=2,
+        hint=0,
     ),
 )
