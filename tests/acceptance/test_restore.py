@@ -11,7 +11,7 @@ import pytest
 from drsm_agent.errors import Misconfigured
 from drsm_agent.restored import announce_restored
 from drsm_agent.store.mongo import MongoStore
-from drsm_sdk import Demux, Drsm, Pod, changes
+from drsm_sdk import Demux, Drsm, Pod, changes, supply
 from drsm_sdk.wire import messages as m
 from tests.harness import (
     POOL,
@@ -200,9 +200,10 @@ async def owner_of(domain: Domain, n: int) -> tuple[str, int, bool]:
 
 
 async def test_a_chunk_that_was_given_back_since_the_backup_is_scanned_before_it_is_used(
-    domain: Domain,
+    domain: Domain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others may have issued from it in the time that was lost, and be dead now."""
+    monkeypatch.setattr(supply, "RECALL_IDLE", 0.0)
     in_use: set[int] = set()
     scanned: list[int] = []
 
@@ -221,9 +222,8 @@ async def test_a_chunk_that_was_given_back_since_the_backup_is_scanned_before_it
                 if id_ >> 4 == given_back:
                     pool.release(id_)
                     ids.discard(id_)
-            supply = pool._supply
-            assert supply is not None
-            supply.give_back(1)
+            assert pool._supply is not None
+            pool._supply.give_back(1)
             await asking.seen(lambda: asking.of(m.ChunkReleased))
             (given_back,) = asking.of(m.ChunkReleased)[0].chunks
             in_use |= {(given_back << 4) + 3, (given_back << 4) + 4}  # another pod's, which is dead
