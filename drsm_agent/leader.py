@@ -429,7 +429,9 @@ class Leader:
             history=history,
         )
         if continues:
-            await relay.publish_log(above=_versions(stored, state.table))
+            held = _versions(stored, state.table)
+            state.table.resume(held)
+            await relay.publish_log(above=held)
             return relay
         versions = {name: pool.version for name, pool in state.table.pools.items()}
         started = position_document(Position("", 0, versions), history)

@@ -99,6 +99,15 @@ class Table:
         for document in documents:
             self._put(space, str(document["_id"]), document, (self._last_at, 0))
 
+    def resume(self, versions: Mapping[str, Version]) -> None:
+        """Go on in a history in which consumers hold these versions. The last leader's table may have begun
+        later than this one: then a pool in which nothing has happened since has a later version there, and no
+        consumer could tell this table's from what comes late."""
+        for name, version in versions.items():
+            pool = self.pools[name]
+            if version > (0, 0) and (pool.version == (self.started, 0) or pool.version < version):
+                pool.version = version
+
     def apply(self, change: Change) -> list[Event]:
         """Fold one change of the stream; returns what consumers must hear of it, in order."""
         self._part = self._part + 1 if change.at == self._last_at else 0

@@ -310,6 +310,20 @@ def test_strange_documents_among_the_sessions_are_passed_over(key: str) -> None:
     assert table.sessions == {}
 
 
+def test_a_history_is_taken_up_with_the_versions_that_consumers_hold() -> None:
+    """Of a pool in which nothing happened since the read, earlier or later; not of one that has gone on."""
+    table = made("quiet", "older", "touched", "ahead", "new")
+    fold(table, put("touched", chunk(1, AMF_1).document, 105), put("ahead", chunk(1, AMF_1).document, 109))
+    table.resume({"quiet": (120, 0), "older": (90, 3), "touched": (120, 0), "ahead": (107, 0), "new": (0, 0)})
+    assert {name: pool.version for name, pool in table.pools.items()} == {
+        "quiet": (120, 0),
+        "older": (90, 3),
+        "touched": (120, 0),
+        "ahead": (109, 0),
+        "new": (table.started, 0),
+    }
+
+
 def test_a_stamp_is_kept_and_is_no_event() -> None:
     """What comes back of a leader's own write tells it how far it has read."""
     table = made()

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from drsm_agent import reaper, relay
 from drsm_agent.embedded import Scratch, Stack, start_nats_server
 from drsm_agent.errors import Misconfigured, leaf
-from drsm_agent.service import running
+from drsm_agent.service import Agent, running
 from drsm_sdk import Demux, Drsm, Pod
 from drsm_sdk.wire import messages as m
 from tests.harness import POOL, Domain, Requester, eventually, mongo_client, renewing, requester, within
@@ -62,6 +62,32 @@ async def test_a_change_of_leader_in_a_quiet_domain_keeps_the_history(
             await asking.seen(lambda: len({head.term for head, _ in asking.events}) == 2)
             assert len({head.history for head, _ in asking.events}) == 1
             assert len(asking.of(m.Reset)) == 1
+
+
+async def test_a_quiet_pools_consumers_follow_a_leader_whose_table_is_older_than_the_last_ones(
+    domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has read the pool before the last leader did; nothing happened since, so its versions are older."""
+    monkeypatch.setattr(relay, "POSITION_INTERVAL", 0.1)
+    settings = domain.settings(leader_ttl=1.0)
+    async with mongo_client(domain) as client, running(settings) as first:
+        records = client[domain.database]["drsm_leader"]
+
+        async def led_by(agent: Agent) -> None:
+            async with asyncio.timeout(60):
+                while not agent.leader.leading.is_set():
+                    usurper = {"$set": {"holder": "", "counter": 0}, "$inc": {"term": 1}}
+                    await records.update_one({"_id": "leader"}, usurper)
+                    await asyncio.sleep(3)
+
+        await within(first.leader.leading.wait())
+        async with running(settings) as second:
+            await led_by(second)
+            async with Demux.connect(domain.nats_url, POOL, prefix=domain.prefix) as demux:
+                await eventually(lambda: demux.synced)
+                await led_by(first)
+                await eventually(lambda: demux._mirror.term == first.leader._election.mine.term)  # type: ignore[union-attr]
+                await eventually(lambda: demux.synced and demux.staleness < relay.SYNC_INTERVAL)
 
 
 async def test_a_leader_that_lost_its_record_stops_answering(domain: Domain) -> None:
