@@ -284,7 +284,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         hint=3,
     ),
     Ablation(
-        "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=5
+        "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=37
     ),
     Ablation(
         "the holder's durations are not shortened",
