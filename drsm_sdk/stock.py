@@ -147,6 +147,9 @@ class Stock:
         self._retired: set[tuple[int, str]] = set()
         self._seen: dict[tuple[int, str], None] = {}
         self._resting: deque[tuple[float, Chunk, int, int]] = deque()
+        self._last_time: set[tuple[int, int]] = set()
+        """(space, id) in use, or resting, that have been excluded since: not free again. Most often none, and
+        to look at the definition would cost each release more than all the rest of it."""
         self._checksum = 0
         self._serial = 0
         self._define(definition)
@@ -167,9 +170,10 @@ class Stock:
         block = chunk.blocks[space]
         id_ = block.free.popleft()
         block.used[id_] = now
-        left = self._left[space] = self._left[space] - 1
-        if left < self.free:  # noqa: PLR1730  # a call of `min` would be half of what this costs
-            self.free = left
+        if self._one:
+            self.free -= 1
+        else:
+            self._add(space, -1)
         return id_
 
     def take_set(self, now: float, spaces: tuple[int, ...]) -> list[int] | None:
@@ -214,12 +218,13 @@ class Stock:
         if not chunk.open:
             self._release_closed(chunk, id_, space)
             return
+        used = chunk.blocks[space].used
         try:
-            del chunk.blocks[space].used[id_]
+            del used[id_]
         except KeyError:
             raise self._not_issued(id_, space) from None
         self.releases += 1
-        if not chunk.issued:
+        if not used and (self._one or not chunk.issued):
             chunk.empty_since = now
         if self._quarantine:
             self._rest(chunk, id_, space, now)
@@ -300,8 +305,12 @@ class Stock:
         self._define(definition)
         if not self._chunks:
             self._begin()  # there may be other spaces than before
+        self._last_time = set()
+        for _, _, space, id_ in self._resting:
+            self._note_excluded(space, (id_,))
         for chunk in self._chunks.values():
             for space, block in enumerate(chunk.blocks):
+                self._note_excluded(space, block.used)
                 kept = [id_ for id_ in block.free if not self._never_issued(id_, space)]
                 gone = len(block.free) - len(kept)
                 if gone:
@@ -331,6 +340,7 @@ class Stock:
         for part, block, used in zip(self._parts, chunk.blocks, in_use, strict=True):
             ids = part.ids(n)
             block.used = dict.fromkeys(sorted(set(used) - block.released.keys()), now)
+            self._note_excluded(len(rest), block.used)
             fresh = [id_ for id_ in ids if id_ not in block.used and id_ not in block.released]
             rest.append([*fresh, *(id_ for id_ in block.released if not part.never_issued(id_))])
             block.released = {}
@@ -392,7 +402,7 @@ class Stock:
     def drawn(self) -> int:
         """How many more ids were issued, ever, than became free again; of the space with most. (Counting them
         as they go would cost each id more than its deque does.)"""
-        return max(opened - left for opened, left in zip(self._opened, self._left, strict=True))
+        return max(opened - left for opened, left in zip(self._opened, self._lefts(), strict=True))
 
     def held(self) -> tuple[int, int]:
         """Count and checksum of the chunks held, as `session.renew` carries them."""
@@ -423,9 +433,15 @@ class Stock:
         self._shifts = [part.block_bits for part in self._parts]
         self._quarantine = definition.quarantine_ms / 1000
 
+    def _note_excluded(self, space: int, ids: Iterable[int]) -> None:
+        """These are in use, or rest: those that are never issued are not to be free again."""
+        part = self._parts[space]
+        self._last_time |= {(space, id_) for id_ in ids if part.never_issued(id_)}
+
     def _begin(self) -> None:
         """Without a chunk: nothing is free in any space."""
         self.free = 0
+        self._one = len(self._parts) == 1
         self._left = [0] * len(self._parts)
         self._opened = [0] * len(self._parts)
         self._pickers = [Picker((space,)) for space in range(len(self._parts))]
@@ -439,8 +455,15 @@ class Stock:
         return id_
 
     def _add(self, space: int, count: int) -> None:
-        self._left[space] += count
-        self.free = min(self._left)
+        if self._one:
+            self.free += count
+        else:
+            self._left[space] += count
+            self.free = min(self._left)
+
+    def _lefts(self) -> list[int]:
+        """Free ids of each space. (With one space only `free` is kept: it is half of what an id costs.)"""
+        return [self.free] if self._one else self._left
 
     def _new_picker(self, spaces: tuple[int, ...]) -> Picker:
         picker = self._sets[spaces] = Picker(spaces)
@@ -463,14 +486,16 @@ class Stock:
             self._offer(chunk, space)
 
     def _make_free(self, chunk: Chunk, id_: int, space: int) -> None:
-        if self._never_issued(id_, space):
+        if self._last_time and (space, id_) in self._last_time:
+            self._last_time.remove((space, id_))
             return
         free = chunk.blocks[space].free
         empty = not free
         free.append(id_)
-        left = self._left[space] = self._left[space] + 1
-        if left - 1 == self.free:
-            self.free = min(self._left)
+        if self._one:
+            self.free += 1
+        else:
+            self._add(space, 1)
         if empty:
             self._offer(chunk, space)
 
@@ -501,7 +526,7 @@ class Stock:
     def _spare(self, chunk: Chunk, keep: int) -> bool:
         """Whether enough ids of each space stay free without the chunk."""
         return all(
-            left - len(block.free) >= keep for left, block in zip(self._left, chunk.blocks, strict=True)
+            left - len(block.free) >= keep for left, block in zip(self._lefts(), chunk.blocks, strict=True)
         )
 
     def _count(self, chunk: Chunk, sign: int) -> None:
