@@ -19,21 +19,20 @@ class Alarms:
         self._table, self._definitions, self._use = reign.table, reign.definitions, reign.use
         self._clock, self._metrics = reign.clock, reign.metrics
         self._marks = {name: usage.Marks() for name in reign.table.pools}
-        self._told: set[str] = set()
+        self._told: set[tuple[str, str]] = set()
         self._overdue: set[str] = set()
 
     def look(self) -> None:
-        only: dict[str, bool] = {}
+        only: dict[tuple[str, str], bool] = {}
         late: dict[str, bool] = {}
         for pool in self._table.pools.values():
-            leaking = {f"{pool.name} {pod}": self._leaks(pool, (pod, n)) for pod, n in pool.live}
+            leaking = {(pool.name, pod): self._leaks(pool, (pod, n)) for pod, n in pool.live}
             self._metrics.only_allocating.labels(pool=pool.name).set(sum(leaking.values()))
             only |= leaking
             overdue = self._overdue_in(pool)
             self._metrics.marked_overdue.labels(pool=pool.name).set(len(overdue))
             late[pool.name] = bool(overdue)
-        for who in usage.news(only, self._told):
-            pool_name, pod = who.split(" ")
+        for pool_name, pod in usage.news(only, self._told):
             log.warning(
                 "only_allocates",
                 pool=pool_name,

@@ -3,7 +3,10 @@
 Never a decision about ownership: what a pod says may be old, or wrong.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T", bound=Hashable)
 
 RECALL_SHARE = 0.05
 """With fewer of its chunks free than this, a pool asks pods for their empty ones."""
@@ -40,7 +43,7 @@ class Marks:
         return sorted(n for (n, _), due in self._due.items() if due <= now)
 
 
-def news(now: Mapping[str, bool], told: set[str]) -> list[str]:
+def news(now: Mapping[T, bool], told: set[T]) -> list[T]:
     """Which of these are true and were not told yet; `told` is brought up to date."""
     fresh = [name for name, true in now.items() if true and name not in told]
     told &= {name for name, true in now.items() if true}
