@@ -15,7 +15,7 @@ from tests.simulation.profiles import PROFILES, WRONG_CLOCKS
 from tests.simulation.run import outcomes, simulate
 
 SEEDS = 300
-SEEDS_OF_A_PROFILE = 8
+SEEDS_OF_A_PROFILE = 2
 SEEDS_OF_WRONG_CLOCKS = 12
 """Enough for some pods to be declared dead while they count on their lease."""
 ABLATION_SEEDS = 300
