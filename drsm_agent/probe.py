@@ -26,8 +26,12 @@ class _NotMine(Exception):
 
 
 class Probe:
-    """Asks itself every `period` seconds; `healthy` while an answer came within half of `L`. `run` raises
-    Unheard when no answer at all has come for `T`."""
+    """Asks itself every `period` seconds; `healthy` while an answer came to what was sent within half of `L`.
+
+    An answer that comes late counts for when its request was sent, so that a backlog of requests, which
+    every other agent would have as well, ends no lead. `run` raises Unheard once the youngest request that
+    was answered by anybody is `T` old.
+    """
 
     def __init__(
         self, *, bus: Bus, subjects: Subjects, lead: Lead, leases: Leases, clock: Clock, chance: Chance
@@ -35,8 +39,10 @@ class Probe:
         self._bus, self._subject, self._lead = bus, subjects.probe, lead
         self._liveness, self._patience = leases.liveness, leases.leader
         self._clock, self._chance = clock, chance
-        self._sent_of_last_answer = float("-inf")
+        self._answered = self._carried = float("-inf")
+        """When the youngest request was sent that I answered, and that anybody did."""
         self._recovered = self._failing = False
+        self._error: Exception | None = None
         self.answered = asyncio.Event()
 
     @property
@@ -44,45 +50,48 @@ class Probe:
         return self._liveness / PROBES_PER_LEASE
 
     def healthy(self, now: float) -> bool:
-        return now - self._sent_of_last_answer < self._liveness / 2
+        return now - self._answered < self._liveness / 2
 
     def recovered(self) -> bool:
-        """Whether an answer came after a while without; true once per recovery."""
+        """Whether it became healthy again after a while without answers; true once per recovery."""
         recovered, self._recovered = self._recovered, False
         return recovered
 
     async def run(self) -> None:
-        carried = self._clock()
-        while True:
-            sent = self._clock()
-            try:
-                await self._ask()
-                carried = sent
-                if self.answered.is_set() and not self.healthy(sent):
-                    self._recovered = True
-                if self._failing:
-                    log.info("probe_answered_again")
-                self._sent_of_last_answer, self._failing = sent, False
-                self.answered.set()
-            except (_NotMine, codec.DecodeError) as error:
-                carried = sent
-                self._failed(error)
-            except BusUnavailable as error:
-                self._failed(error)
-                if (silent := self._clock() - carried) >= self._patience:
-                    raise Unheard(f"no request to myself came back for {silent:.1f} s: {error}") from error
-            await asyncio.sleep(self.period)
-
-    def _failed(self, error: Exception) -> None:
-        if not self._failing:  # once; a metric and the readiness say how long
-            log.warning("probe_unanswered", error=str(error))
-        self._failing = True
+        self._carried = began = self._clock()
+        async with asyncio.TaskGroup() as requests:  # at most T / period of them, as none waits longer
+            while True:
+                requests.create_task(self._ask())
+                await asyncio.sleep(self.period)
+                now = self._clock()
+                if now - max(self._answered, began) > 2 * self.period and not self._failing:
+                    self._failing = True  # said once; a metric and the readiness say how long
+                    log.warning("probe_unanswered", error=str(self._error or "no answer yet"))
+                if (silent := now - self._carried) >= self._patience:
+                    raise Unheard(f"no request to myself came back for {silent:.1f} s: {self._error}")
 
     async def _ask(self) -> None:
-        nonce = self._chance.token()
-        answer = await self._bus.request(
-            self._subject, codec.encode(codec.to_map(messages.Probe(nonce))), self.period
-        )
-        body = codec.decode(answer)
-        if (body.get("agent"), body.get("nonce")) != (self._lead.agent, nonce):
-            raise _NotMine("another agent answered")
+        sent, nonce = self._clock(), self._chance.token()
+        request = codec.encode(codec.to_map(messages.Probe(nonce)))
+        try:
+            body = codec.decode(await self._bus.request(self._subject, request, self._patience))
+            if (body.get("agent"), body.get("nonce")) != (self._lead.agent, nonce):
+                raise _NotMine("another agent answered")
+        except BusUnavailable as error:
+            self._error = error
+        except (_NotMine, codec.DecodeError) as error:
+            self._error, self._carried = error, max(self._carried, sent)
+        else:
+            self._carried = max(self._carried, sent)
+            self._heard(sent)
+
+    def _heard(self, sent: float) -> None:
+        now = self._clock()
+        before = self.healthy(now)
+        self._answered = max(self._answered, sent)
+        if self.answered.is_set() and self.healthy(now) and not before:
+            self._recovered = True
+        self.answered.set()
+        if self._failing and self.healthy(now):
+            self._failing = False
+            log.info("probe_answered_again")

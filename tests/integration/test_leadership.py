@@ -16,6 +16,7 @@ from drsm_agent.errors import Misconfigured, leaf
 from drsm_agent.service import Agent, running
 from drsm_sdk import Demux, Drsm, Pod
 from drsm_sdk.wire import messages as m
+from tests.fault.link import Link
 from tests.harness import POOL, Domain, Requester, eventually, mongo_client, renewing, requester, within
 from tests.proxy import proxy
 
@@ -236,6 +237,32 @@ async def test_a_leader_that_does_not_hear_itself_hands_over_to_one_that_does(do
             await eventually(lambda: drsm.state == "live" and not cut.unready())
             assert other.leader.leading.is_set()
             assert drsm.incarnation == incarnation
+
+
+async def test_a_leader_that_hears_itself_late_keeps_its_lead(domain: Domain) -> None:
+    """R7: it answers after the next requests to itself were sent, as in a flood. Another agent would too."""
+    way = Link(domain.nats_url.removeprefix("nats://"))
+    await way.start()
+    try:
+        async with (
+            running(domain.settings(nats_url=f"nats://{way.address}")) as agent,
+            mongo_client(domain) as client,
+        ):
+            await within(agent.leader.leading.wait())
+            leader = client[domain.database]["drsm_leader"]
+            with capture_logs() as logs:
+                way.delay = 0.2  # four times until it has its own answer: longer than from one to the next
+                before = await leader.find_one({"_id": "leader"})
+                assert before is not None
+                twice_t = {"_id": "leader", "counter": {"$gte": before["counter"] + 6}}
+                async with asyncio.timeout(30):
+                    while (record := await leader.find_one(twice_t)) is None:
+                        await asyncio.sleep(0.05)
+            assert record["term"] == before["term"]
+            assert agent.leader.leading.is_set()
+            assert [log for log in logs if log["event"] == "probe_unanswered"]
+    finally:
+        await way.stop()
 
 
 async def test_an_agent_that_nats_does_not_carry_leaves_the_lead_alone(domain: Domain) -> None:
