@@ -7,7 +7,6 @@ faults extends it (`_reach` is on the way of every operation).
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +43,8 @@ class MemoryStore:
         self._oplog: list[Change | Dropped] = []
         self._forgotten = 0
         self._now = FIRST_TIME
-        self._news = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
+        """Change streams that are at the end of the oplog."""
         self._closed = False
 
     async def write(self, writes: Sequence[Write]) -> Outcome:
@@ -141,8 +141,9 @@ class MemoryStore:
 
     def _log(self, entry: Change | Dropped) -> None:
         self._oplog.append(entry)
-        self._news.set()
-        self._news = asyncio.Event()
+        waiting, self._waiting = self._waiting, []
+        for news in waiting:
+            _wake(news)
 
     def _position(self, after: int | None, token: str | None) -> int:
         """The index in the oplog that a stream begins with."""
@@ -175,9 +176,21 @@ class MemoryStore:
         return [entry for entry in followed if isinstance(entry, Change)]
 
     async def _wait_for_news(self) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(IDLE_SECONDS):
-                await self._news.wait()
+        loop = asyncio.get_running_loop()
+        news = loop.create_future()
+        self._waiting.append(news)
+        idle = loop.call_later(IDLE_SECONDS, _wake, news)
+        try:
+            await news
+        finally:
+            idle.cancel()
+            if news in self._waiting:
+                self._waiting.remove(news)
+
+
+def _wake(news: "asyncio.Future[None]") -> None:
+    if not news.done():
+        news.set_result(None)
 
 
 def matches(document: Document, where: Document) -> bool:

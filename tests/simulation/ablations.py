@@ -254,37 +254,37 @@ ABLATIONS: tuple[Ablation, ...] = (
         "4",
         SHRINKING,
         ((reaper, "hold_ms", _as_promised_today),),
-        hint=2,
+        hint=0,
     ),
     Ablation(
         "leases go on at once after a restore",
         "G1",
         RETURNING,
         ((Restorer, "may_issue", lambda *_, **__: True),),
-        hint=9,
+        hint=18,
     ),
     Ablation(
-        "grants go on at once after a restore", "G1", RESTORES, ((Grants, "left", lambda _: 0.0),), hint=19
+        "grants go on at once after a restore", "G1", RESTORES, ((Grants, "left", lambda _: 0.0),), hint=8
     ),
     Ablation(
-        "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=108
+        "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=23
     ),
     Ablation(
         "a mark is forgotten when its owner closes",
         "4",
         INHERITANCE,
         ((reaper, "hold_ms", _unmarked_when_closed),),
-        hint=1,
+        hint=0,
     ),
     Ablation(
         "a release during the hold counts",
         "5",
         INHERITANCE,
         ((Stock, "_release_closed", _release_counts_at_once),),
-        hint=3,
+        hint=0,
     ),
     Ablation(
-        "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=37
+        "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=2
     ),
     Ablation(
         "the holder's durations are not shortened",
@@ -303,37 +303,41 @@ ABLATIONS: tuple[Ablation, ...] = (
     Ablation("a demux does not look for gaps", "G5", LOSSES, ((Mirror, "apply", _without_gap_check),)),
     Ablation("a leader speaks without a lead", "R2", LEADERS, ((Lead, "check", _no_check),)),
     Ablation(
-        "no grace after a change of leader", "R6", LEADERS, ((Leader, "_full_leases", _no_grace),), hint=13
+        "no grace after a change of leader", "R6", LEADERS, ((Leader, "_full_leases", _no_grace),), hint=14
     ),
     Ablation(
         "a death is written whatever the term",
         "R5",
         LATE_DEATHS,
         ((writes, "end_session", _death_without_term),),
-        hint=57,
+        hint=135,
     ),
-    Ablation("no stamp before answering", "R5", LATE_DEATHS, ((Leader, "_stamp", _no_stamp),), hint=29),
+    Ablation("no stamp before answering", "R5", LATE_DEATHS, ((Leader, "_stamp", _no_stamp),), hint=0),
     Ablation(
         "answers before the table has passed the stamp",
         "R6",
         LAGGING,
         ((Leader, "_stamp", _no_barrier),),
-        hint=0,
+        hint=61,
     ),
     Ablation(
         "a renewal counts after death was decided",
         "R2",
         LATE_WRITES,
         ((LivenessLeases, "extend", _renewed_all_the_same), (Requests, "_session", _whatever_was_decided)),
-        hint=4,
+        hint=29,
     ),
     Ablation("no hold", "4", PARTITIONS, ((reaper, "hold_ms", lambda *_: 0),), hint=1),
-    Ablation("events are not confirmed", "G4", RECONNECTS, ((Relay, "_delivered", _unconfirmed),), hint=10),
+    Ablation("events are not confirmed", "G4", RECONNECTS, ((Relay, "_delivered", _unconfirmed),), hint=1),
     Ablation(
         "a hold without W", "section 4", SLOW_TO_SHOW, ((reaper, "hold_ms", _without_usage_lag),), hint=12
     ),
     Ablation(
-        "claims do not look at the owner", "G2", LATE_CLAIMS, ((writes, "_chunk_guard", _only_the_number),)
+        "claims do not look at the owner",
+        "G2",
+        LATE_CLAIMS,
+        ((writes, "_chunk_guard", _only_the_number),),
+        hint=1,
     ),
     Ablation(
         "guards look at the pod, not at its incarnation and grant",
@@ -350,27 +354,27 @@ ABLATIONS: tuple[Ablation, ...] = (
         "death in steps",
         ABSENCES,
         ((writes, "_mirror_guard", _mirror_of_the_name),),
-        hint=6,
+        hint=2,
     ),
     Ablation(
         "a pod takes events of its name for its own",
         "G3",
         NAMESAKES,
         ((sdk_pool, "_key", _name_only),),
-        hint=159,
+        hint=124,
     ),
     Ablation(
         "a repeated acquire is a new one", "repeats", LOSSES, ((requests, "_Wanted", _wanted_anew),), hint=8
     ),
     Ablation(
-        "a repeated open is a new one", "repeats", LOSSES, ((Requests, "_new_session", _opened_anew),), hint=0
+        "a repeated open is a new one", "repeats", LOSSES, ((Requests, "_new_session", _opened_anew),), hint=1
     ),
     Ablation(
         "a new leader publishes nothing of what the old one left",
         "R6",
         LEADERS,
         ((Relay, "publish_log", _taken_for_published),),
-        hint=0,
+        hint=16,
     ),
     Ablation("answers before the event is out", "G4", RESTLESS, ((Relay, "caught_up", _at_once),), hint=10),
     Ablation(
@@ -378,6 +382,6 @@ ABLATIONS: tuple[Ablation, ...] = (
         "G3",
         ANY,
         ((FreeNumbers, "freed", lambda *_: None),),
-        hint=0,
+        hint=2,
     ),
 )

@@ -57,6 +57,10 @@ class Node:
         """Call something in this node after `delay` seconds; never if it is dead by then."""
         self._loop.call_later(delay, call, *arguments, context=self.context)
 
+    def soon(self, call: Callable[..., object], *arguments: Any) -> None:
+        """Call something in this node at once; never if it is dead by then."""
+        self._loop.call_soon(call, *arguments, context=self.context)
+
     @property
     def stopped(self) -> bool:
         return self._freezes > 0 or self.dead
@@ -238,7 +242,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
             node = handle._context.get(_NODE)
             if node is None or not node.stopped:
                 self.steps += 1
-                handle._run()
+                try:
+                    handle._context.run(handle._callback, *handle._args)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:
+                    self.call_exception_handler({"message": f"error in {handle}", "exception": error})
                 if self.steps - self._steps_before > STEPS_AT_ONCE_MAX:
                     raise Spinning(f"{self.steps - self._steps_before} steps at {self._now:.3f} s: {handle}")
             else:

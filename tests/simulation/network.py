@@ -242,7 +242,7 @@ class Connection:
 
         def deliver() -> None:
             if life is self._life and interest in self.interests:
-                self.node.later(0, interest.callback, packet)
+                self.node.soon(interest.callback, packet)
 
         return deliver
 

@@ -10,17 +10,17 @@ PARTITIONS = Profile(
     "partitions",
     faults={"cut_pod": 4, "freeze_pod": 3, "kill_pod": 1},
     weather=Weather(slow=6.0, slowness=0.0005, loss=0.1),
-    pace=4.0,
-    pods=4,
+    paces=(4.0,),
+    pods=(4,),
 )
 LEADERS = Profile(
     "leaders",
     faults={"cut_pod": 3, "kill_agent": 2, "freeze_agent": 3, "cut_agent": 2, "cut_agent_from_database": 2},
     doubt=0.15,
-    pace=2.0,
-    pods=4,
+    paces=(2.0,),
+    pods=(4,),
 )
-STOPS = Profile("stops", faults={"kill_pod": 1, "cut_pod": 2}, stops=0.01, pace=4.0)
+STOPS = Profile("stops", faults={"kill_pod": 1, "cut_pod": 2}, stops=0.01, paces=(4.0,))
 LOSSES = Profile(
     "losses", weather=Weather(loss=0.1, reordering=0.1, doubling=0.1), faults={"kill_pod": 3, "close_pod": 1}
 )
@@ -29,7 +29,7 @@ CLOCKS = Profile(
     faults={"cut_pod": 4, "freeze_pod": 1, "cut_agent_from_database": 1},
     rate=0.2,
     extreme=True,
-    pace=1.0,
+    paces=(1.0,),
     usage_lag=0.0,
 )
 
@@ -37,8 +37,8 @@ LATE_ANSWERS = Profile(
     "late-answers",
     faults={"cut_pod": 5, "freeze_pod": 3},
     weather=Weather(slow=5.0, slowness=0.02, loss=0.2),
-    pace=2.0,
-    pods=4,
+    paces=(2.0,),
+    pods=(4,),
 )
 LATE_WRITES = Profile(
     "late-writes",
@@ -46,8 +46,8 @@ LATE_WRITES = Profile(
     weather=Weather(),
     doubt=0.15,
     fates=("late",),
-    pace=1.5,
-    pods=7,
+    paces=(1.5,),
+    pods=(7,),
 )
 LATE_DEATHS = Profile(
     "late-deaths",
@@ -56,8 +56,8 @@ LATE_DEATHS = Profile(
     doubt=0.7,
     doubtful="drsm_sessions",
     fates=("late",),
-    pace=1.5,
-    pods=7,
+    paces=(1.5,),
+    pods=(7,),
 )
 LATE_CLAIMS = replace(LATE_DEATHS, name="late-claims", doubtful="amfid")
 LAGGING = Profile(
@@ -65,15 +65,15 @@ LAGGING = Profile(
     faults={"cut_pod": 4, "freeze_pod": 4, "kill_agent": 2, "close_pod": 1},
     weather=Weather(),
     lag=0.3,
-    pace=1.5,
-    pods=6,
+    paces=(1.5,),
+    pods=(6,),
 )
 RECONNECTS = Profile(
     "reconnects",
     faults={"restart_nats": 4, "cut_agent": 4, "kill_pod": 2},
     weather=Weather(typical=0.05),
-    pace=1.0,
-    pods=4,
+    paces=(1.0,),
+    pods=(4,),
 )
 
 
@@ -81,16 +81,16 @@ SLOW_TO_SHOW = Profile(
     "slow-to-show",
     faults={"cut_pod": 4, "freeze_pod": 2, "close_pod": 3},
     weather=Weather(loss=0.1),
-    pace=3.0,
-    pods=4,
+    paces=(3.0,),
+    pods=(4,),
     usage_lag=6.0,
 )
 COMING_AND_GOING = Profile(
     "coming-and-going",
     faults={"cut_pod": 5, "close_pod": 4, "freeze_pod": 1},
     weather=Weather(loss=0.3),
-    pace=2.0,
-    pods=6,
+    paces=(2.0,),
+    pods=(6,),
 )
 
 INHERITANCE = Profile(
@@ -101,8 +101,8 @@ INHERITANCE = Profile(
     lag=0.0,
     stops=0.0,
     cuts=(9.0,),
-    pace=1.0,
-    pods=6,
+    paces=(1.0,),
+    pods=(6,),
     usage_lag=0.5,
     application=Application(pauses=(0.05, 0.1)),
 )
@@ -112,7 +112,7 @@ WRONG_CLOCKS = Profile(
     "wrong-clocks",
     faults={"cut_pod": 4, "freeze_pod": 1, "kill_agent": 1, "cut_agent_from_database": 1},
     clocks=0.2,
-    pace=2.0,
+    paces=(2.0,),
 )
 """Clocks that keep no promise: what the leases rest on is gone, but nothing else may break."""
 
@@ -120,8 +120,8 @@ SETTINGS = Profile(
     "settings",
     faults={"change_settings": 3, "cut_pod": 4, "freeze_pod": 2, "kill_pod": 1},
     weather=Weather(),
-    pace=4.0,
-    pods=4,
+    paces=(4.0,),
+    pods=(4,),
     allocations=(12.0, 5.0),
     livenesses=(4.0, 2.5),
     leaders=(1.0, 2.0),
@@ -132,8 +132,8 @@ RESTORES = Profile(
     "restores",
     faults={"cut_pod": 5, "freeze_pod": 2, "kill_pod": 2, "close_pod": 1, "kill_agent": 1, "cut_agent": 1},
     weather=Weather(loss=0.05),
-    pace=3.0,
-    pods=4,
+    paces=(3.0,),
+    pods=(4,),
     restores=True,
 )
 """The database goes back to a backup, and pods have got, given back, lost and claimed chunks since."""
@@ -146,8 +146,8 @@ RETURNING = replace(
     doubt=0.0,
     lag=0.0,
     stops=0.0,
-    pace=2.0,
-    pods=5,
+    paces=(2.0,),
+    pods=(5,),
     usage_lag=0.2,
     cuts=(10.0, 12.0, 14.0, 16.0),
     allocations=(4.0,),
@@ -162,8 +162,8 @@ SHRINKING = Profile(
     doubt=0.0,
     lag=0.0,
     stops=0.0,
-    pace=1.5,
-    pods=5,
+    paces=(1.5,),
+    pods=(5,),
     usage_lag=0.2,
     cuts=(13.0,),
     allocations=(14.0, 4.0),
@@ -181,7 +181,7 @@ SCARCE = Profile(
     fates=("late",),
     lag=0.0,
     stops=0.0,
-    pods=2,
+    pods=(2,),
     block_bits=(7,),
     application=BURSTS,
     idle=0.5,
@@ -196,8 +196,8 @@ RESTLESS = Profile(
     doubt=0.0,
     lag=0.0,
     stops=0.0,
-    pace=1.0,
-    pods=4,
+    paces=(1.0,),
+    pods=(4,),
     application=BURSTS,
     idle=0.5,
     ahead=2.0,
@@ -214,8 +214,8 @@ ABSENCES = Profile(
     lag=0.0,
     stops=0.0,
     cuts=(13.0, 17.0),
-    pace=1.5,
-    pods=5,
+    paces=(1.5,),
+    pods=(5,),
     allocations=(4.0,),
     usage_lag=0.2,
 )
@@ -228,8 +228,8 @@ NAMESAKES = Profile(
     doubt=0.0,
     lag=0.0,
     stops=0.0,
-    pace=1.5,
-    pods=5,
+    paces=(1.5,),
+    pods=(5,),
     usage_lag=0.0,
 )
 """Messages about a pod that come when another one of its name lives."""

@@ -37,9 +37,7 @@ def test_no_guarantee_is_broken_whatever_happens() -> None:
     told = list(outcomes(runs))
     broken = [one.story for one in told if one.error is not None]
     assert not broken, "\n\n".join(broken)
-    assert (
-        sum(one.issued for one in told) > 1000 * len(runs) / 2
-    )  # a world in which nothing works proves nothing
+    assert sum(one.issued for one in told) > 100 * len(runs)  # a world in which nothing works proves nothing
     assert sum(one.claims for one in told) > len(runs)
     assert {one.profile for one in told if one.contradicted} == {WRONG_CLOCKS.name}
     assert {one.profile for one in told if one.alarms} <= {WRONG_CLOCKS.name}  # most never hear of it

@@ -49,14 +49,16 @@ USAGE_LAG = 1.0
 RATE = 0.005
 """`r`: how far one machine's clock may be off."""
 STORM_SECONDS = 40.0
-PEACE_SECONDS = 4.0
+PEACE_SECONDS = 2.0
 """First everybody gets to work."""
-LOOK_SECONDS = 0.25
+UNHURRIED = 1.0
+"""Seconds of an application's pauses, at least, once the storm is over."""
+LOOK_SECONDS = 0.5
 """How often pods are looked at: much more often than a lease that was wrongly extended ends."""
 HEALING_SECONDS = 14.0 + ALLOCATION * 1.02 + USAGE_LAG + 15.0
 """The longest freeze, then the longest hold, then what a scan and a claim take."""
 HEALED_LOOK_SECONDS = 0.5
-QUIET_SECONDS = 2.5
+QUIET_SECONDS = 1.5
 """For so long all must be well before the judgement: longer than a pod waits between renewals."""
 WAIT_MOST = 2.5
 """An allocation waits two seconds at most."""
@@ -117,7 +119,8 @@ class Profile:
     fates: tuple[str, ...] = ("done", "lost", "late")
     lag: float | None = None
     stops: float | None = None
-    pace: float | None = None
+    paces: tuple[float, ...] = (1.0, 3.0, 6.0)
+    """Seconds from one fault to the next, on average."""
     rate: float = RATE
     clocks: float | None = None
     """How wrong a clock may be when that is more than `rate`, which the leases are made for."""
@@ -125,7 +128,13 @@ class Profile:
     """Every clock as wrong as it may be."""
     cuts: tuple[float, ...] = (0.5, 2.0, 3.0, 4.0, 7.0, 12.0)
     """For how many seconds somebody is cut off NATS."""
-    pods: int = 3
+    pods: tuple[int, ...] = (3,)
+    agents: tuple[int, ...] = (2,)
+    demuxes: int = 1
+    storms: tuple[float, ...] = (STORM_SECONDS,)
+    """How long the storm lasts, in seconds."""
+    freezes: tuple[float, ...] = (0.3, 2.0, 4.0, 9.0, 14.0)
+    """For how many seconds a pod is stopped."""
     usage_lag: float = USAGE_LAG
     allocations: tuple[float, ...] = (ALLOCATION,)
     """The allocation leases that a change of settings chooses from; the first is the one at the start."""
@@ -148,7 +157,19 @@ class Profile:
     """Seconds that a pod's stock should last."""
 
 
-ANY = Profile(kinds=(INTEGERS, ADDRESSES, SPACES), quarantines=(0.0, 0.0, 2.0))
+ANY = Profile(
+    kinds=(INTEGERS, ADDRESSES, SPACES),
+    quarantines=(0.0, 0.0, 2.0),
+    pods=(2, 3),
+    agents=(1, 2, 2),
+    paces=(0.5, 1.0, 2.0),
+    storms=(4.0, 5.0, 6.0, 8.0, 12.0),
+    allocations=(4.0,),
+    freezes=(0.3, 2.0, 4.0, 6.0),
+    cuts=(0.5, 2.0, 3.0, 4.0, 7.0),
+    application=Application(pauses=(0.1, 0.3, 1.0)),
+)
+"""Small worlds and short storms: many of them find more than a few long ones, and the other profiles are long."""
 
 
 @dataclass(eq=False)
@@ -161,12 +182,13 @@ class Machine:
     offset: float
     loop: VirtualLoop
     chance: random.Random
+    freezes: tuple[float, ...]
     stops: float = 0.0
-    """Probability that the process is stopped right when it reads the clock."""
+    """Probability that the process is stopped right when it reads the clock, for one of so many seconds."""
 
     def clock(self) -> float:
         if self.stops and self.chance.random() < self.stops and not self.node.stopped:
-            self.loop.stop_within(self.node, self.chance.choice([0.5, 3.0, 9.0, 13.0]))
+            self.loop.stop_within(self.node, self.chance.choice(self.freezes))
         return self.now()
 
     def now(self) -> float:
@@ -214,9 +236,7 @@ class DemuxActor:
 class World:
     """`await World(seed).live()` raises Violation when something did not hold."""
 
-    def __init__(
-        self, loop: VirtualLoop, seed: int, profile: Profile = ANY, *, agents: int = 2, demuxes: int = 1
-    ) -> None:
+    def __init__(self, loop: VirtualLoop, seed: int, profile: Profile = ANY) -> None:
         self.loop, self.seed, self.profile = loop, seed, profile
         self.chance = random.Random(seed)
         block_bits = self.chance.choice(profile.block_bits)
@@ -248,14 +268,16 @@ class World:
         self.pods: list[PodActor] = []
         self.agents: list[AgentActor] = []
         self.demuxes: list[DemuxActor] = []
-        self.numbers = (profile.pods, agents, demuxes)
+        size = random.Random(f"{seed} size")
+        self._storm_seconds = size.choice(profile.storms)
+        self.numbers = (size.choice(profile.pods), size.choice(profile.agents), profile.demuxes)
         self.failure: BaseException | None = None
+        self.calm = False
         self._failed = asyncio.Event()
         self._buried: list[Node] = []
         self._alarms = 0
         self._restoring = False
         self._restore: asyncio.Task[None] | None = None
-        self._names = [f"amf-{i}" for i in range(profile.pods)]
         self.stops = self._chosen(profile.stops, 0.0, 0.0, 1e-3, 3e-3)
 
     def _chosen(self, given: float | None, *choices: float) -> float:
@@ -308,15 +330,15 @@ class World:
         pods, agents, demuxes = self.numbers
         for i in range(agents):
             self.start_agent(f"agent-{i}")
-        for name in self._names[:pods]:
-            self.start_pod(name)
+        for i in range(pods):
+            self.start_pod(f"amf-{i}")
         for i in range(demuxes):
             self.start_demux(f"demux-{i}")
         self.node.start(self._guard(self._watch_pods()))
         storm = self.node.start(self._guard(self._storm()))
         if self.profile.restores:
             self._restore = self.node.start(self._guard(self._lose_time()))
-        await self._until_failed(STORM_SECONDS)
+        await self._until_failed(self._storm_seconds)
         storm.cancel()
         self._calm_down()
         longer = max(self.profile.allocations) - ALLOCATION
@@ -417,7 +439,8 @@ class World:
         rates = [slow, fast] if self.profile.extreme else [1.0, slow, fast, self.chance.uniform(slow, fast)]
         rate = self.chance.choice(rates)
         chance = random.Random(self.chance.getrandbits(64))
-        return Machine(name, node, rate, self.chance.uniform(0, 1e6), self.loop, chance, self.stops)
+        offset, freezes = self.chance.uniform(0, 1e6), self.profile.freezes
+        return Machine(name, node, rate, offset, self.loop, chance, freezes, self.stops)
 
     def start_agent(self, name: str) -> None:
         machine = self._machine(name)
@@ -510,7 +533,7 @@ class World:
             if chance.random() < application.lets_go:  # everything at once, so that chunks become empty
                 for id_ in list(actor.mine):
                     self._release(actor, pool, id_)
-            await asyncio.sleep(chance.expovariate(1 / pause))
+            await asyncio.sleep(chance.expovariate(1 / (max(pause, UNHURRIED) if self.calm else pause)))
 
     async def _allocate(self, actor: PodActor, drsm: Drsm, pool: Any, chance: random.Random) -> None:
         actor.waiting_since = self.loop.time()
@@ -626,7 +649,7 @@ class World:
 
     async def _storm(self) -> None:
         chance = self.chance
-        pace = self._chosen(self.profile.pace, 1.0, 3.0, 6.0)
+        pace = chance.choice(self.profile.paces)
         weights = self.profile.faults or {fault: chance.choice([0, 1, 2, 6]) for fault in FAULTS}
         if not any(weights.values()):
             weights = {"kill_pod": 1}
@@ -673,7 +696,7 @@ class World:
             self.start_pod(actor.machine.name)
 
     def _freeze_pod(self) -> None:
-        self._freeze(self._pick(self.pods), self.chance.choice([0.3, 2.0, 4.0, 9.0, 14.0]))
+        self._freeze(self._pick(self.pods), self.chance.choice(self.profile.freezes))
 
     def _freeze_agent(self) -> None:
         self._freeze(self._pick(self.agents), self.chance.choice([0.3, 0.8, 1.2, 3.0, 8.0]))
@@ -797,7 +820,7 @@ class World:
 
     def _calm_down(self) -> None:
         self.observer.note("world", "calms down")
-        self.network.calm = self.database.calm = True
+        self.calm = self.network.calm = self.database.calm = True
         self.stops = 0.0
         self.database.available.set()
         for machine in self._machines():
