@@ -169,7 +169,7 @@ ANY = Profile(
     cuts=(0.5, 2.0, 3.0, 4.0, 7.0),
     application=Application(pauses=(0.1, 0.3, 1.0)),
 )
-"""Small worlds and short storms: many of them find more than a few long ones, and the other profiles are long."""
+"""Small worlds and short storms, so that there can be many; those of the other profiles are long."""
 
 
 @dataclass(eq=False)
