@@ -5,6 +5,7 @@ one machine's clock rate is off, so two machines differ by at most twice that; `
 time from a lease check to its effect.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 RATE = 0.005
@@ -28,27 +29,24 @@ def renew_period(pods: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Leases:
-    """The three configured durations, in seconds. Raises ValueError that names a broken relation."""
+    """The three configured durations, in seconds. Raises ValueError with a line for each broken relation."""
 
     liveness: float
     allocation: float
     leader: float
 
     def __post_init__(self) -> None:
-        _require(self.leader >= LEADER_TTL_MIN, f"T >= {LEADER_TTL_MIN} s", "DRSM_LEADER_TTL", self.leader)
+        if broken := "\n".join(self._broken()):
+            raise ValueError(broken)
+
+    def _broken(self) -> Iterator[str]:
         least = RENEWALS_PER_LEASE * RENEW_MIN
-        _require(
-            self.liveness >= least,
-            f"L >= {RENEWALS_PER_LEASE} x {RENEW_MIN} s",
-            "DRSM_LIVENESS_TTL",
-            self.liveness,
-        )
-        _require(
-            self.allocation > self.liveness,
-            f"A > L ({self.liveness} s)",
-            "DRSM_ALLOCATION_TTL",
-            self.allocation,
-        )
+        if not self.leader >= LEADER_TTL_MIN:
+            yield _found(f"T >= {LEADER_TTL_MIN} s", "DRSM_LEADER_TTL", self.leader)
+        if not self.liveness >= least:
+            yield _found(f"L >= {RENEWALS_PER_LEASE} x {RENEW_MIN} s", "DRSM_LIVENESS_TTL", self.liveness)
+        if not self.allocation > self.liveness:
+            yield _found(f"A > L ({self.liveness} s)", "DRSM_ALLOCATION_TTL", self.allocation)
 
     def effective_liveness(self, pods: int) -> float:
         """`L`, or more when so many pods renew so seldom that `L` would be less than five periods."""
@@ -57,9 +55,9 @@ class Leases:
 
 def check_usage_lag(pool: str, usage_lag: float, allocation: float) -> None:
     """`W <= A`. Raises ValueError."""
-    _require(usage_lag <= allocation, f"W <= A ({allocation} s)", f"usage_lag_ms of pool {pool}", usage_lag)
+    if not usage_lag <= allocation:
+        raise ValueError(_found(f"W <= A ({allocation} s)", f"usage_lag_ms of pool {pool}", usage_lag))
 
 
-def _require(holds: bool, relation: str, setting: str, value: float) -> None:
-    if not holds:
-        raise ValueError(f"{setting}: expected {relation}, found {value} s; raise or lower it accordingly")
+def _found(relation: str, setting: str, value: float) -> str:
+    return f"{setting}: expected {relation}, found {value} s; raise or lower it accordingly"

@@ -181,6 +181,17 @@ def test_a_broken_relation_is_refused(liveness: float, allocation: float, leader
         Leases(liveness=liveness, allocation=allocation, leader=leader)
 
 
+def test_all_broken_relations_are_told_at_once() -> None:
+    """Else an operator would mend one after the other."""
+    with pytest.raises(ValueError, match="DRSM_LEADER_TTL") as refused:
+        Leases(liveness=2, allocation=1, leader=0.5)
+    assert [line.split(":")[0] for line in str(refused.value).split("\n")] == [
+        "DRSM_LEADER_TTL",
+        "DRSM_LIVENESS_TTL",
+        "DRSM_ALLOCATION_TTL",
+    ]
+
+
 @pytest.mark.parametrize("usage_lag", [300.001, math.nan])
 def test_a_usage_lag_above_the_allocation_lease_is_refused(usage_lag: float) -> None:
     """W <= A, by pool."""
