@@ -58,8 +58,8 @@ LOOK_SECONDS = 0.5
 HEALING_SECONDS = 14.0 + ALLOCATION * 1.02 + USAGE_LAG + 15.0
 """The longest freeze, then the longest hold, then what a scan and a claim take."""
 HEALED_LOOK_SECONDS = 0.5
-QUIET_SECONDS = 1.5
-"""For so long all must be well before the judgement: longer than a pod waits between renewals."""
+QUIET_SECONDS = LIVENESS
+"""For so long all must be well before the judgement: a pod that nobody answers is suspect by then."""
 WAIT_MOST = 2.5
 """An allocation waits two seconds at most."""
 COUNT_SECONDS = 2.0
