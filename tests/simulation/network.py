@@ -20,6 +20,7 @@ PATIENCE = 5.0  # seconds of silence after which a client gives its connection u
 FLUSH_TIMEOUT = 2.0
 CALM_DELAY = 0.001
 NO_RESPONDERS = {"Status": "503"}
+INBOXES = "_INBOX."
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,9 @@ class Weather:
     loss: float = 0.0
     doubling: float = 0.0
     reordering: float = 0.0
+
+
+CALM = Weather()
 
 
 @dataclass(slots=True)
@@ -139,17 +143,19 @@ class Network:
     def route(self, sender: "Connection", packet: Packet) -> None:
         """A message has reached the server."""
         self.heard(packet)
-        found = False
-        for connection in list(self.connections):
-            for interest in list(connection.interests):
-                if interest.known and connection.connected and interest.matches(packet.subject):
+        subject, found = packet.subject, False
+        for connection in self.connections:
+            if not connection.connected or connection.ignores(subject):
+                continue
+            for interest in connection.interests:
+                if interest.known and interest.matches(subject):
                     found = True
                     self._forward(connection, interest, packet)
         if not found and packet.reply:
             self.route(sender, Packet(packet.reply, b"", NO_RESPONDERS, ""))
 
     def _forward(self, connection: "Connection", interest: Interest, packet: Packet) -> None:
-        weather = Weather() if self.calm else self.weather
+        weather = CALM if self.calm else self.weather
         own = packet.subject.startswith(connection.inbox)  # losing answers is losing requests, once more
         if not own and self.chance.random() < weather.loss:
             return
@@ -168,11 +174,15 @@ class Connection:
         self.interests: list[Interest] = []
         self.connected = False
         self.epoch = 0
-        self.inbox = f"_INBOX.{node.name}.{network.number()}."
+        self.inbox = f"{INBOXES}{node.name}.{network.number()}."
         self.reconnected: list[Callable[[], None]] = []
         self._inboxes = 0
         self._life = object()
         network.connections.append(self)
+
+    def ignores(self, subject: str) -> bool:
+        """Whether it is another one's inbox: most messages are answers."""
+        return subject.startswith(INBOXES) and not subject.startswith(self.inbox)
 
     def open(self) -> None:
         if not self.connected and self.network.up and not self.to_server.cut and not self.to_client.cut:
@@ -309,21 +319,20 @@ class PodTransport:
     ) -> None:
         self._require()
         inbox = self.connection.new_inbox()
-        answers: asyncio.Queue[Message] = asyncio.Queue()
+        answers: asyncio.Queue[Message | None] = asyncio.Queue()
         interest = self.connection.listen(inbox, lambda packet: answers.put_nowait(_message(packet)))
         interest.known = True  # a client has one subscription for all its inboxes, made once
         self.connection.send(subject, data, reply=inbox)
+        late = asyncio.get_running_loop().call_later(timeout, answers.put_nowait, None)
         try:
-            async with asyncio.timeout(timeout):
-                while True:
-                    answer = await answers.get()
-                    if answer.headers.get("Status"):
-                        raise NoResponders("no agent leads just now (no responders)")
-                    if done(answer):
-                        return
-        except TimeoutError:
-            raise NoAnswer(f"no answer within {timeout:.1f} s") from None
+            while (answer := await answers.get()) is not None:
+                if answer.headers.get("Status"):
+                    raise NoResponders("no agent leads just now (no responders)")
+                if done(answer):
+                    return
+            raise NoAnswer(f"no answer within {timeout:.1f} s")
         finally:
+            late.cancel()
             await interest.stop()
 
     def on_reconnect(self, callback: Callable[[], None]) -> None:
@@ -405,12 +414,13 @@ class AgentBus:
         interest = self.connection.listen(inbox, receive)
         interest.known = True
         self.connection.send(subject, data, reply="" if echo else inbox)
+        late = asyncio.get_running_loop().call_later(timeout, _give_up, answer)
         try:
-            async with asyncio.timeout(timeout):
-                return await answer
+            return await answer
         except TimeoutError:
             raise BusUnavailable(f"no answer on {subject} within {timeout:g} s") from None
         finally:
+            late.cancel()
             await interest.stop()
 
     async def broken(self) -> str:
@@ -423,6 +433,11 @@ class AgentBus:
     def _require(self) -> None:
         if not self.connected:
             raise BusUnavailable("NATS is not connected")
+
+
+def _give_up(answer: "asyncio.Future[bytes]") -> None:
+    if not answer.done():
+        answer.set_exception(TimeoutError())
 
 
 async def _handled(work: Awaitable[None]) -> None:

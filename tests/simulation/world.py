@@ -160,12 +160,12 @@ class Profile:
 ANY = Profile(
     kinds=(INTEGERS, ADDRESSES, SPACES),
     quarantines=(0.0, 0.0, 2.0),
-    pods=(2, 3),
-    agents=(1, 2, 2),
+    pods=(2, 2, 3),
+    agents=(1, 2),
     paces=(0.5, 1.0, 2.0),
     storms=(4.0, 5.0, 6.0, 8.0, 12.0),
-    allocations=(4.0,),
-    freezes=(0.3, 2.0, 4.0, 6.0),
+    allocations=(3.5,),
+    freezes=(0.3, 2.0, 4.0),
     cuts=(0.5, 2.0, 3.0, 4.0, 7.0),
     application=Application(pauses=(0.1, 0.3, 1.0)),
 )
