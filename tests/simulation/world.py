@@ -211,6 +211,8 @@ class PodActor:
     drsm: Drsm
     transport: PodTransport
     mine: dict[Id, Context] = field(default_factory=dict)
+    at_work: bool = False
+    """It has joined its pool."""
     closing: bool = False
     left: bool = False
     waiting_since: float | None = None
@@ -501,12 +503,14 @@ class World:
                     pool = await drsm.join(POOL, in_use=self._in_use, timeout=10.0)
                     async with asyncio.TaskGroup() as tasks:
                         tasks.create_task(self._hear(actor, pool))
+                        actor.at_work = True
                         await self._work(actor, drsm, pool)
                         raise _Left
             except* _Left:
                 actor.left = True
                 self.observer.note(actor.machine.name, "has left")
             except* AgentUnavailable:
+                actor.at_work = False
                 actor.transport = PodTransport(self.network, actor.machine.node)
                 actor.drsm = self._drsm(actor.machine, actor.transport)
             if not actor.left:
@@ -844,7 +848,7 @@ class World:
         return (
             len(self.pods) < self.numbers[0]
             or len(self.agents) < self.numbers[1]
-            or any(pod.closing for pod in self.pods)
+            or any(pod.closing or not pod.at_work for pod in self.pods)
             or any(agent.settings is not self.settings for agent in self.agents)
             or any(machine.node.stopped for machine in self._machines())
             or any(line.busy for one in self.network.connections for line in (one.to_server, one.to_client))
