@@ -92,7 +92,7 @@ class Requests:
     async def open(self, request: m.Open) -> m.Opened:
         for pool in request.pools:
             self.pool(pool)
-        session = self._table.by_request.get((request.pod.name, request.request_id))
+        session = self._table.opened_by(request.pod.name, request.request_id)
         if session is None:
             session = await self._opens.board((request.pod.name, request.request_id), request)
         if session.state == DEAD:
@@ -223,9 +223,8 @@ class Requests:
 
     async def _open_all(self, opening: Sequence[m.Open]) -> Sequence[Session | Exception]:
         await self._relay.read_back()
-        known = self._table.by_request
         sessions = [
-            known.get((request.pod.name, request.request_id)) or self._new_session(request)
+            self._table.opened_by(request.pod.name, request.request_id) or self._new_session(request)
             for request in opening
         ]
         new = [session for session in sessions if session.key not in self._table.sessions]

@@ -8,12 +8,15 @@ that read the same stream give the same versions.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from drsm_agent.core import documents as docs
 from drsm_agent.core import events as ev
 from drsm_agent.core.documents import DEAD, LIVE, Chunk, Document, Keepalive, Owner, Session
 from drsm_agent.core.events import Event, Version
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 SESSIONS = "drsm_sessions"
 STAMPS = "drsm_stamps"
@@ -90,7 +93,7 @@ class Table:
         self._last_at, self._part = at, 0
         self.pools = {name: PoolTable(name, (at, 0)) for name in pools}
         self.sessions: dict[tuple[str, int], Session] = {}
-        self.by_request: dict[tuple[str, str], Session] = {}
+        self._by_request: dict[tuple[str, str], dict[int, Session]] = {}
         self.stamp: Document = {}
         self.applied = 0
 
@@ -128,6 +131,12 @@ class Table:
     def alive(self) -> list[Session]:
         """Sessions that are not dead, whether they have spoken yet or not."""
         return [session for session in self.sessions.values() if session.state != DEAD]
+
+    def opened_by(self, pod: str, request_id: str) -> Session | None:
+        """The session that a request has opened. A former leader's write of another one may come late: the
+        newest is the one that was answered."""
+        opened = self._by_request.get((pod, request_id), {})
+        return opened[max(opened)] if opened else None
 
     def chunks_of(self, key: tuple[str, int]) -> list[tuple[str, Chunk]]:
         """All chunks of one incarnation, with their pools."""
@@ -233,10 +242,10 @@ class Table:
         new = docs.read_session(document) if document else None
         old = self.sessions.pop(number, None)
         if old:
-            self.by_request.pop((old.pod, old.request_id), None)
+            _drop(self._by_request, (old.pod, old.request_id), old.incarnation)
         if new:
             self.sessions[new.key] = new
-            self.by_request[new.pod, new.request_id] = new
+            self._by_request.setdefault((new.pod, new.request_id), {})[new.incarnation] = new
         before = old.pools if old and self.is_live(old) else ()
         after = new.pools if new and self.is_live(new) else ()
         reason = (new.reason if new else "") or "expired"
@@ -276,7 +285,7 @@ class Table:
         return Event(pool=pool.name, kind=kind, version=version, prev=prev, token=token, **fields)
 
 
-def _drop(index: dict[str, dict[int, None]], key: str, n: int) -> None:
+def _drop(index: dict[K, dict[int, V]], key: K, n: int) -> None:
     numbers = index[key]
     del numbers[n]
     if not numbers:
