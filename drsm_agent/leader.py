@@ -320,7 +320,7 @@ class Leader:
         probe = Probe(
             bus=parts.bus,
             subjects=parts.subjects,
-            lead=lead,
+            agent=lead.agent,
             leases=parts.leases,
             clock=parts.clock,
             chance=parts.chance,
@@ -360,12 +360,12 @@ class Leader:
         tasks.create_task(reaper.run(), name="reaper")
         tasks.create_task(mirrors.run(), name="mirrors")
         tasks.create_task(restorer.run(), name="restorer")
-        tasks.create_task(self._hand_over_unheard(lead, state.table, hearing), name="hand-over")
+        tasks.create_task(self._hand_over_deaf(lead, state.table, hearing, probe), name="hand-over")
 
-    async def _hand_over_unheard(self, lead: Lead, table: Table, hearing: Hearing) -> None:
+    async def _hand_over_deaf(self, lead: Lead, table: Table, hearing: Hearing, probe: Probe) -> None:
         """Hearing no pod while sessions live, hand over once, if a standby waits: NATS may be torn, and the
         pods on its side (rule R7). The record says so, and the next leader does not repeat it until it has
-        heard a pod."""
+        heard a pod. Likewise when this leader has heard itself too late to judge for `T`, but did better."""
         parts, period = self._parts, self._parts.leases.liveness / HEARD_LOOKS_PER_LEASE
         signs, waited_at, read_at = None, float("-inf"), float("-inf")
         while True:
@@ -383,11 +383,16 @@ class Leader:
                 alone = hearing.silence() >= UNHEARD_SHARE * parts.leases.effective_liveness(
                     len(table.sessions)
                 )
-                if not (alone and table.alive() and now - waited_at <= 2 * parts.leases.leader):
+                late = probe.late(now)
+                deaf = (alone and table.alive()) or late >= parts.leases.leader
+                if not deaf or now - waited_at > 2 * parts.leases.leader:
                     continue
                 if not (await self._leader_document()).get("handed_over"):
                     await self._note_hand_over(lead, handed_over=True)
-                    raise Unheard(f"no pod was heard for {hearing.silence():.1f} s, and a standby waits")
+                    why = f"no pod was heard for {hearing.silence():.1f} s"
+                    if not alone:
+                        why = f"requests to myself come back too late since {late:.1f} s"
+                    raise Unheard(f"{why}, and a standby waits")
             except StoreUnavailable as error:
                 log.warning("put_off", error=str(error))
 

@@ -10,13 +10,16 @@ import structlog
 
 from drsm_agent.core.lease import Leases
 from drsm_agent.errors import BusUnavailable, Unheard
-from drsm_agent.lead import Lead
 from drsm_agent.ports import Bus, Chance, Clock
 from drsm_sdk.wire import codec, messages
 from drsm_sdk.wire.subjects import Subjects
 
 PROBES_PER_LEASE = 6
 """Probes within one `L`, so that one lost probe does not stop the judging."""
+PROBES_PER_LEAD = 3
+"""Probes within one `T` at least, so that one lost probe does not end the lead."""
+BLIND_SHARE = 0.25
+"""Of `L`: after being unhealthy for so long there may be leases that only ran out as nobody was heard."""
 
 log = structlog.get_logger("drsm_agent.probe")
 
@@ -28,29 +31,34 @@ class _NotMine(Exception):
 class Probe:
     """Asks itself every `period` seconds; `healthy` while an answer came to what was sent within half of `L`.
 
-    An answer that comes late counts for when its request was sent, so that a backlog of requests, which
-    every other agent would have as well, ends no lead. `run` raises Unheard once the youngest request that
-    was answered by anybody is `T` old.
+    An answer counts for when its request was sent, however late it comes. `run` raises Unheard when none at
+    all has come for `T`. Where they come, but late, as in a flood of requests, see `late`.
     """
 
     def __init__(
-        self, *, bus: Bus, subjects: Subjects, lead: Lead, leases: Leases, clock: Clock, chance: Chance
+        self, *, bus: Bus, subjects: Subjects, agent: str, leases: Leases, clock: Clock, chance: Chance
     ) -> None:
-        self._bus, self._subject, self._lead = bus, subjects.probe, lead
-        self._liveness, self._patience = leases.liveness, leases.leader
+        self._bus, self._subject, self._agent = bus, subjects.probe, agent
+        self._enough, self._patience = leases.liveness / 2, leases.leader
+        self._blind = leases.liveness * BLIND_SHARE
+        self.period = min(leases.liveness / PROBES_PER_LEASE, leases.leader / PROBES_PER_LEAD)
         self._clock, self._chance = clock, chance
-        self._answered = self._carried = float("-inf")
-        """When the youngest request was sent that I answered, and that anybody did."""
-        self._recovered = self._failing = False
+        self._sent = float("-inf")
+        """When the youngest request was sent that this agent has answered."""
+        self._carried = clock()
+        """When the last answer came, whoever sent it: NATS carries."""
+        self._well_until = float("inf")
+        """Since when no answer was young enough, if that lies in the past."""
+        self._was_healthy = self._recovered = self._failing = False
         self._error: Exception | None = None
         self.answered = asyncio.Event()
 
-    @property
-    def period(self) -> float:
-        return self._liveness / PROBES_PER_LEASE
-
     def healthy(self, now: float) -> bool:
-        return now - self._answered < self._liveness / 2
+        return now - self._sent < self._enough
+
+    def late(self, now: float) -> float:
+        """Seconds since it was healthy; 0 for one that never was, as then others may not be, either."""
+        return max(now - self._well_until, 0.0) if self._was_healthy else 0.0
 
     def recovered(self) -> bool:
         """Whether it became healthy again after a while without answers; true once per recovery."""
@@ -58,14 +66,14 @@ class Probe:
         return recovered
 
     async def run(self) -> None:
-        self._carried = began = self._clock()
+        began = self._carried = self._clock()
         async with asyncio.TaskGroup() as requests:  # at most T / period of them, as none waits longer
             while True:
                 requests.create_task(self._ask())
                 await asyncio.sleep(self.period)
                 now = self._clock()
-                if now - max(self._answered, began) > 2 * self.period and not self._failing:
-                    self._failing = True  # said once; a metric and the readiness say how long
+                if now - max(self._sent, began) > 2 * self.period and not self._failing:
+                    self._failing = True  # said once
                     log.warning("probe_unanswered", error=str(self._error or "no answer yet"))
                 if (silent := now - self._carried) >= self._patience:
                     raise Unheard(f"no request to myself came back for {silent:.1f} s: {self._error}")
@@ -75,23 +83,25 @@ class Probe:
         request = codec.encode(codec.to_map(messages.Probe(nonce)))
         try:
             body = codec.decode(await self._bus.request(self._subject, request, self._patience))
-            if (body.get("agent"), body.get("nonce")) != (self._lead.agent, nonce):
+            if (body.get("agent"), body.get("nonce")) != (self._agent, nonce):
                 raise _NotMine("another agent answered")
         except BusUnavailable as error:
             self._error = error
         except (_NotMine, codec.DecodeError) as error:
-            self._error, self._carried = error, max(self._carried, sent)
+            self._error, self._carried = error, self._clock()
         else:
-            self._carried = max(self._carried, sent)
-            self._heard(sent)
+            self._carried = self._clock()
+            self._heard(sent, self._carried)
 
-    def _heard(self, sent: float) -> None:
-        now = self._clock()
-        before = self.healthy(now)
-        self._answered = max(self._answered, sent)
-        if self.answered.is_set() and self.healthy(now) and not before:
-            self._recovered = True
+    def _heard(self, sent: float, now: float) -> None:
+        if not self.answered.is_set():
+            self._well_until = now
         self.answered.set()
-        if self._failing and self.healthy(now):
+        self._sent = max(self._sent, sent)
+        if not self.healthy(now):
+            return
+        self._recovered |= now - self._well_until >= self._blind
+        self._well_until, self._was_healthy = self._sent + self._enough, True
+        if self._failing:
             self._failing = False
             log.info("probe_answered_again")
