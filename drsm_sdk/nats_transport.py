@@ -15,7 +15,7 @@ import contextlib
 import inspect
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -138,6 +138,8 @@ class NatsTransport:
     _tasks: Tasks = field(default_factory=lambda: Tasks(lambda: None))
     _said: dict[str, None] = field(default_factory=dict)
     _forbidden: dict[str, str] = field(default_factory=dict)
+    _inbox: _Subscription | None = None
+    _expected: dict[str, asyncio.Future[Message]] = field(default_factory=dict)
     _last_error: str = "no server answered"
 
     def __post_init__(self) -> None:
@@ -188,14 +190,38 @@ class NatsTransport:
     async def request(self, subject: str, data: bytes, timeout: float) -> Message:
         client = self._usable(data)
         try:
-            return _message(await client.request(subject, data, timeout=timeout))
-        except errors.NoRespondersError:
-            raise NoResponders("no agent leads just now (no responders)") from None
-        except (errors.TimeoutError, TimeoutError):
+            async with asyncio.timeout(timeout), self._expecting(client) as (inbox, answer):
+                await client.publish(subject, data, reply=inbox)
+                message = await answer
+        except TimeoutError:
             forbidden = self._forbidden.pop(subject.lower(), "")
             raise NoAnswer(f"no answer within {timeout:.1f} s{forbidden and f': {forbidden}'}") from None
         except (errors.Error, OSError) as error:
             raise NotConnected(f"the request could not be sent: {_text(error)}") from None
+        if message.headers.get("Status") == NO_RESPONDERS:
+            raise NoResponders("no agent leads just now (no responders)")
+        return message
+
+    @contextlib.asynccontextmanager
+    async def _expecting(self, client: Client) -> AsyncIterator[tuple[str, asyncio.Future[Message]]]:
+        """A subject of our own and what will come on it. (nats-py's own requests wait in a way that can
+        swallow a cancellation on Python 3.11: a task of a session that is over would go on for ever.)"""
+        if self._inbox is None:
+            self._inbox = _Subscription(f"{client.new_inbox()}.*", self._answered)
+            self._subscriptions.append(self._inbox)
+        if self._inbox.client is not client:  # and not when it was refused, which would be at each request
+            await self._inbox.place(client)
+        subject = self._inbox.subject.replace("*", self.chance.token())
+        self._expected[subject] = asyncio.get_running_loop().create_future()
+        try:
+            yield subject, self._expected[subject]
+        finally:
+            del self._expected[subject]
+
+    def _answered(self, message: Message) -> None:
+        answer = self._expected.get(message.subject)
+        if answer is not None and not answer.done():
+            answer.set_result(message)
 
     async def request_many(
         self, subject: str, data: bytes, timeout: float, done: Callable[[Message], bool]

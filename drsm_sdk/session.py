@@ -199,6 +199,8 @@ class Session:
         self._opened.clear()
         life.leases.revoke()
         life.ended = True
+        life.unsettled.set()
+        life.reported.set()
         for member in self.members.values():
             member.end(reason)
         self._wake.set()
@@ -365,6 +367,8 @@ class Session:
         backoff = Backoff(self.chance, RECONCILE_FIRST, RECONCILE_MOST)
         while True:
             await life.unsettled.wait()
+            if life.ended:
+                return
             life.unsettled.clear()
             request = wire.SessionRef(self.pod.name, life.incarnation)
             subject = self.subjects.session("chunks")
@@ -397,6 +401,8 @@ class Session:
     async def _report(self, life: Life) -> None:
         while True:
             await life.reported.wait()
+            if life.ended:
+                return
             life.reported.clear()
             try:
                 await self._report_all(life, REPORT_TIMEOUT)

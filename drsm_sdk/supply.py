@@ -118,9 +118,12 @@ class Supply:
         self._wake_returns.set()
 
     def end(self) -> None:
-        """Stop at once."""
+        """Stop at once. What a cancellation does not end, since the transport swallowed it, wakes and sees
+        that its life has ended."""
         for task in (*self._tasks, *self._scans.values()):
             task.cancel()
+        for wake in (self._wake_refill, self._urgent, self._wake_returns):
+            wake.set()
 
     # --- taking up and dropping -----------------------------------------------------------------
 
@@ -196,7 +199,7 @@ class Supply:
         """One request at a time, whenever there is less than wanted; repeated until it is answered."""
         backoff = Backoff(self._chance, ASK_RETRY_FIRST, ASK_RETRY_MOST)
         request: wire.Acquire | None = None
-        while True:
+        while not self.life.ended:
             request = request or self._request()
             if request is None or self._session.state != "live":
                 self._wake_refill.clear()
@@ -262,7 +265,7 @@ class Supply:
     async def _return(self) -> None:
         """Tell the agent which scans are finished and which chunks are given back, until it has answered."""
         backoff = Backoff(self._chance, ASK_RETRY_FIRST, ASK_RETRY_MOST)
-        while True:
+        while not self.life.ended:
             await self._wake_returns.wait()
             self._wake_returns.clear()
             if self._session.state != "live":
@@ -355,7 +358,7 @@ class Supply:
 
     async def _tick(self) -> None:
         """What only time brings about: a new rate, ids out of quarantine, chunks that stayed empty."""
-        while True:
+        while not self.life.ended:
             now = self._clock()
             self._rate.sample(now, self.stock.drawn)
             chunk = self.stock.definition.ids_per_chunk

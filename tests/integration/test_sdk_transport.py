@@ -1,12 +1,15 @@
 """The NATS connection against servers of its own that stop, hang, refuse and lie."""
 
 import asyncio
+import itertools
 import signal
 import ssl
 from collections.abc import AsyncIterator
 from functools import partial
 
+import nats
 import pytest
+from nats.aio.msg import Msg
 
 from drsm_agent.embedded import NatsServer, Scratch, start_nats_server
 from drsm_sdk.nats_transport import NatsTransport
@@ -172,6 +175,35 @@ async def test_each_way_of_not_getting_an_answer_has_its_error(server: NatsServe
         await transport.request("silent", bytes(1024 * 1024), 1.0)
     await subscription.stop()
     await transport.close()
+
+
+async def test_a_cancellation_that_comes_together_with_the_answer_ends_the_task(server: NatsServer) -> None:
+    """nats-py's own request may drop it, and a task that asks again and again never ends."""
+    responder = await nats.connect(server.url)
+    transport = NatsTransport(server.url)
+    await transport.connect(5.0)
+
+    async def answer(message: Msg) -> None:
+        await responder.publish(message.reply, b"yes")
+        if message.data == b"0":
+            await responder.publish("over", b"")
+
+    async def ask() -> None:
+        for i in itertools.count():
+            await transport.request("ask", str(i).encode(), 1.0)
+
+    def cancel(_: Message) -> None:
+        asking.cancel()
+
+    await responder.subscribe("ask", cb=answer)
+    await responder.flush()
+    await transport.subscribe("over", cancel)
+    for _ in range(10):
+        asking = asyncio.create_task(ask())
+        await asyncio.wait([asking], timeout=5.0)
+        assert asking.cancelled()
+    await transport.close()
+    await responder.close()
 
 
 async def test_closing_works_while_the_server_hangs(server: NatsServer) -> None:

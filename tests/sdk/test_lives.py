@@ -1,0 +1,84 @@
+"""A session's tasks end with it, and what it was granted ends with it, whatever is under way."""
+
+import asyncio
+from collections import Counter
+
+import pytest
+
+from drsm_sdk import Drsm, Pod, Pool
+from drsm_sdk.supply import Supply
+from drsm_sdk.testing import Definition, Domain, MemoryTransport
+from drsm_sdk.transport import Message
+from tests.sdk.fake_agent import eventually
+
+POOL = "amfid"
+SMALL = Definition(name=POOL, bits=12, block_bits=4, slots=10)
+AMF_1 = Pod("amf-1", "10.0.0.1", "i")
+
+
+class Stubborn(MemoryTransport):
+    """Keeps requests of the verb `held` back until `freed`, and swallows a cancellation meanwhile."""
+
+    held = ""
+
+    def __init__(self, domain: Domain) -> None:
+        super().__init__(domain._bus, "amf-1")
+        self.asked, self.freed = asyncio.Event(), asyncio.Event()
+
+    async def request(self, subject: str, data: bytes, timeout: float) -> Message:
+        while self.held and subject.endswith(self.held) and not self.freed.is_set():
+            self.asked.set()
+            try:
+                await self.freed.wait()
+            except asyncio.CancelledError:
+                continue
+        return await super().request(subject, data, timeout)
+
+
+def supply_of(pool: Pool) -> Supply:
+    assert pool._supply is not None
+    return pool._supply
+
+
+def ask(verb: str, drsm: Drsm, pool: Pool) -> None:
+    """Give the pod reason for such a request."""
+    supply, life = supply_of(pool), drsm._session.life
+    assert life is not None
+    match verb:
+        case "acquire":
+            while pool.stats.free >= pool.stats.wanted:
+                pool.allocate_nowait()
+        case "release":
+            assert supply.stock.retire(drsm._clock(), idle=0.0, keep=0, most=1)
+            supply._wake_returns.set()
+        case "chunks":
+            life.unsettled.set()
+        case "report":
+            life.reported.set()
+
+
+@pytest.mark.parametrize("verb", ["acquire", "release", "chunks", "report"])
+async def test_a_request_under_way_as_the_session_ends_keeps_no_task_of_it_alive(verb: str) -> None:
+    """Even if the cancellation is swallowed. It would ask in the dead session's name for ever."""
+    async with Domain(SMALL) as domain:
+        transport = Stubborn(domain)
+        async with Drsm.connect("memory", AMF_1, transport=transport) as drsm:
+            pool = await drsm.join(POOL)
+            first = drsm.incarnation
+            await eventually(lambda: pool.stats.free >= pool.stats.wanted)
+            transport.held = verb
+            ask(verb, drsm, pool)
+            async with asyncio.timeout(10):
+                await transport.asked.wait()
+            domain.lose("amf-1")
+            await eventually(lambda: drsm.incarnation not in {None, first})
+            transport.freed.set()
+            await eventually(lambda: set(running().values()) == {1})
+
+
+def running() -> Counter[str]:
+    """How many tasks of each name there are."""
+    wanted = {
+        f"drsm-{name}" for name in ("refill-amfid", "return-amfid", "tick-amfid", "reconcile", "report")
+    }
+    return Counter(task.get_name() for task in asyncio.all_tasks() if task.get_name() in wanted)
