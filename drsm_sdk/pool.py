@@ -333,6 +333,12 @@ class Pool:
             self._feed.close()
         self._changed()
 
+    def resume(self) -> None:
+        """A lease that had run out was renewed: what is in stock may be issued, or more be asked for."""
+        if self._supply is not None:
+            self._supply.wake()
+        self._changed()
+
     def held(self) -> tuple[int, int]:
         return self._stock.held()
 

@@ -55,6 +55,9 @@ class Member(Protocol):
     def end(self, reason: str) -> None:
         """It is over: issue nothing more, from this moment on. Must not wait, must not fail."""
 
+    def resume(self) -> None:
+        """A lease that had run out was renewed: who waits for ids may find some again."""
+
     def held(self) -> tuple[int, int]: ...
 
     def use(self) -> wire.Use: ...
@@ -338,10 +341,13 @@ class Session:
     def _renewed(self, life: Life, answer: Answer[wire.Renewed]) -> None:
         if life is not self.life or answer.sent < life.counts_from:
             return
-        said = answer.body
+        said, before = answer.body, self.state
         life.leases.granted(answer.sent, said.liveness_ms, said.allocation_ms)
         life.renew_period = _period(said.renew_ms)
         self._note_state()
+        if self.state != before:
+            for member in self.members.values():
+                member.resume()
         self._see_history(life, answer.stamp.history)
         self._compare(life, said.held)
         for name, count in said.give_back.items():

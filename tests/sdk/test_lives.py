@@ -5,11 +5,12 @@ from collections import Counter
 
 import pytest
 
-from drsm_sdk import Drsm, Pod, Pool
+from drsm_sdk import AgentUnavailable, Drsm, Pod, Pool
+from drsm_sdk.client import OnSilence
 from drsm_sdk.supply import Supply
 from drsm_sdk.testing import Definition, Domain, MemoryTransport
 from drsm_sdk.transport import Message
-from tests.sdk.fake_agent import eventually
+from tests.sdk.fake_agent import SkippingClock, eventually
 
 POOL = "amfid"
 SMALL = Definition(name=POOL, bits=12, block_bits=4, slots=10)
@@ -74,6 +75,26 @@ async def test_a_request_under_way_as_the_session_ends_keeps_no_task_of_it_alive
             await eventually(lambda: drsm.incarnation not in {None, first})
             transport.freed.set()
             await eventually(lambda: set(running().values()) == {1})
+
+
+@pytest.mark.parametrize(("on_silence", "silent"), [("continue", 400.0), ("stop", 2.0)])
+async def test_who_waits_while_a_lease_has_run_out_is_served_once_it_is_renewed(
+    on_silence: OnSilence, silent: float
+) -> None:
+    """The stock is full, so that no new chunk comes which would tell those who wait."""
+    clock = SkippingClock()
+    async with Domain(SMALL) as domain, domain.drsm(AMF_1, clock=clock, on_silence=on_silence) as drsm:
+        pool = await drsm.join(POOL)
+        await eventually(lambda: pool.stats.free >= pool.stats.wanted)
+        domain.stop()
+        clock.skipped += silent
+        with pytest.raises(AgentUnavailable, match="lease has run out"):
+            pool.allocate_nowait()
+        waiting = asyncio.create_task(pool.allocate(timeout=30.0))
+        await asyncio.sleep(0)  # it has begun to wait
+        domain.start()
+        async with asyncio.timeout(10.0):
+            assert pool.valid(await waiting)
 
 
 def running() -> Counter[str]:
