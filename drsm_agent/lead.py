@@ -18,6 +18,7 @@ class Lead:
         self.agent, self.term, self.ttl = election.agent, election.mine.term, election.ttl
         self.since = clock()
         self._incarnations = chance.below(COUNTER_START_BELOW)
+        self._touches = 0
 
     def check(self) -> None:
         """Raise LeadLost unless the lead is valid at this moment (rule R2)."""
@@ -29,6 +30,11 @@ class Lead:
         """`term << 32 | n`: above every incarnation before it, also after the table was read anew."""
         self._incarnations += 1
         return self.term << 32 | self._incarnations
+
+    def next_touch(self) -> int:
+        """The number of another write that is only to come back in the change stream."""
+        self._touches += 1
+        return self._touches
 
     def age(self) -> float:
         """Seconds since this lead began."""

@@ -75,7 +75,8 @@ class Relay:
         self._position: Position | None = None
         self._saved: Position | None = None
         self._barriers: Flight[None, None] = Flight(tasks, self._touch)
-        self._unknown = 0
+        self._unknown = self._read_back = 0
+        """Writes of unknown outcome, and how many of them the table has shown since."""
 
     # --- What requests and claims use -----------------------------------------------------------
 
@@ -106,9 +107,9 @@ class Relay:
         """After a write whose outcome is unknown: return once the table shows what became of it. Who is
         about to decide the same again calls this first, and then looks at the table."""
         unknown = self._unknown
-        if unknown:
+        if self._read_back < unknown:
             await self.barrier()
-            self._unknown -= unknown
+            self._read_back = max(self._read_back, unknown)
 
     async def write_unseen(self, decided: Sequence[Write]) -> None:
         """Write what is no event, so that nobody waits to see it: keepalive mirrors."""
@@ -129,16 +130,29 @@ class Relay:
 
     async def _touch(self, passengers: Sequence[None]) -> Sequence[None]:
         self._lead.check()
-        keys = [(STAMPS, "stamp")]
-        expected = self._expect(keys)
-        try:
-            outcome = await self._store.write([writes.touch_stamp(self._lead.term, self._lead.agent)])
-            if not outcome.changed:
-                raise LeadLost("an agent of a higher term has stamped the sessions")
-            await _within(SHOWN_TIMEOUT, expected[0])
-        finally:
-            self._expect_no_more(keys, expected)
+        number = self._lead.next_touch()
+        outcome = await self._store.write([writes.touch_stamp(self._lead.term, self._lead.agent, number)])
+        if not outcome.changed:
+            raise LeadLost("an agent of a higher term has stamped the sessions")
+        await _within(SHOWN_TIMEOUT, self._until_shown(number))
         return passengers
+
+    async def _until_shown(self, number: int) -> None:
+        """Not any touch will do: those before it, also the last leader's, come back later than they were
+        written, too."""
+        keys = [(STAMPS, "stamp")]
+        while not self._shows_touch(number):
+            expected = self._expect(keys)
+            try:
+                await expected[0]
+            finally:
+                self._expect_no_more(keys, expected)
+        await self.caught_up()
+
+    def _shows_touch(self, number: int) -> bool:
+        """Whether the table has passed a touch of this term, or a later one."""
+        stamp = self._state.table.stamp
+        return stamp.get("term") == self._lead.term and int(stamp.get("number") or 0) >= number
 
     def _expect(self, keys: Iterable[Key]) -> list[asyncio.Future[None]]:
         futures = []
@@ -166,7 +180,9 @@ class Relay:
         reached, idle_at = 0, loop.time() + IDLE_INTERVAL
         while True:
             await self.publish_log()
-            if loop.time() >= sync_at:
+            # Until the table has passed this leader's stamp, it may lack what the last one has told of.
+            stamped = self._shows_touch(1)
+            if stamped and loop.time() >= sync_at:
                 await self._delivered(self._send_syncs)
                 sync_at = loop.time() + SYNC_INTERVAL
             if loop.time() >= save_at:
@@ -178,7 +194,7 @@ class Relay:
                 await self._move()
                 idle_at = loop.time() + IDLE_INTERVAL
             try:
-                async with asyncio.timeout_at(min(sync_at, save_at)):
+                async with asyncio.timeout_at(min(sync_at, save_at) if stamped else save_at):
                     await self._feed.news()
             except TimeoutError:
                 continue
@@ -296,7 +312,8 @@ class Relay:
         """Nothing happens, so make something happen: the position then passes the time at which a standby
         has begun, and a change of leader need not begin a new history."""
         with contextlib.suppress(StoreUnavailable):
-            await self.write_unseen([writes.touch_stamp(self._lead.term, self._lead.agent)])
+            touch = writes.touch_stamp(self._lead.term, self._lead.agent, self._lead.next_touch())
+            await self.write_unseen([touch])
 
     async def _explain_unsaved(self) -> None:
         """Raise LeadLost if a higher term has saved its position; a document that is missing is made anew."""
@@ -305,7 +322,7 @@ class Relay:
         await self._store.write([writes.first_position()])
 
 
-async def _within(timeout: float, expected: "asyncio.Future[Any]") -> None:
+async def _within(timeout: float, expected: Awaitable[Any]) -> None:
     try:
         async with asyncio.timeout(timeout):
             await expected

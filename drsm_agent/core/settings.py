@@ -36,8 +36,10 @@ def reconcile(
 
 
 def former_liveness(documents: Iterable[Document]) -> float:
-    """The `L` before the last change of settings, in seconds: pods may still count on it (rule R3)."""
-    return max((int(document.get(FORMER) or 0) for document in documents), default=0) / 1000
+    """The longer of the stored `L` and the one before the last change of it, in seconds: pods may count on
+    either (rule R3), whatever this agent was started with."""
+    durations = [int(document.get(name) or 0) for document in documents for name in (FORMER, "liveness_ms")]
+    return max(durations, default=0) / 1000
 
 
 def _former(old: Document) -> Document:

@@ -316,9 +316,12 @@ def save_position(term: int, position: Document) -> Update:
     return Update(POSITION, guard, set={"term": term} | position, inc={"saves": 1})
 
 
-def touch_stamp(term: int, agent: str) -> Update:
+def touch_stamp(term: int, agent: str, number: int = 0) -> Update:
     """A write whose only purpose is to come back in the change stream: what was written before it has
-    then come too."""
+    then come too. The number tells it from the term's earlier ones."""
     return Update(
-        STAMPS, {"_id": "stamp", "term": {"$lte": term}}, set={"term": term, "agent": agent}, inc={"n": 1}
+        STAMPS,
+        {"_id": "stamp", "term": {"$lte": term}},
+        set={"term": term, "agent": agent, "number": number},
+        inc={"n": 1},
     )

@@ -45,9 +45,10 @@ async def ensure_singletons(store: Store) -> None:
 def check_current(stored: Iterable[Document], definitions: Mapping[str, Definition]) -> None:
     """Raise Misconfigured where a pool was since changed in a way that moves chunks. Nobody led then, as far
     as was seen; who stood by unseen, cut off from NATS, must not lead with the old definition now."""
-    for document in stored:
-        pool = definitions.get(str(document["_id"]).removeprefix(POOL_PREFIX))
-        if pool is None or document["revision"] <= pool.revision:
+    known = {document["_id"]: document for document in stored}
+    for pool in definitions.values():
+        document = known.get(f"{POOL_PREFIX}{pool.name}")
+        if document is None or document["revision"] <= pool.revision:
             continue
         if not _definition(document).grows_from(pool):
             raise Misconfigured(

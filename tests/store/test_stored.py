@@ -22,10 +22,10 @@ from drsm_agent.core.writes import (
 )
 from drsm_agent.errors import Misconfigured, StoreUnavailable
 from drsm_agent.store import stored
-from drsm_agent.store.stored import ensure_stored
+from drsm_agent.store.stored import check_current, ensure_stored
 from drsm_sdk.wire import codec
 from drsm_sdk.wire.definition import Definition
-from tests.store.tools import TERM, AnyStore, found, only
+from tests.store.tools import TERM, AnyStore, found, only, stamped
 
 SETTING: Document = {
     "_id": "settings",
@@ -85,6 +85,28 @@ def test_a_higher_revision_replaces_exactly_the_one_that_was_seen() -> None:
     assert reconcile(SETTING, new) == Update(SETTINGS, {"_id": "settings", "revision": 1}, set=stored)
     assert reconcile(stored, new) is None
     assert former_liveness([stored]) == SETTING["liveness_ms"] / 1000
+
+
+def test_an_agent_of_former_settings_gives_the_leases_that_are_stored() -> None:
+    """It was left standing by, and leads after an agent that promised the longer `L` of a later revision."""
+    stored = SETTING | {"liveness_ms": 10_000, "former_liveness_ms": 3000, "revision": 2}
+    assert former_liveness([stored, POOL]) == 10.0
+
+
+@pytest.mark.parametrize("name", ["settings", "restored"])
+def test_a_pool_may_be_called_as_another_document_of_the_settings(name: str) -> None:
+    """Only what is stored of the pool itself says something of it."""
+    others: list[Document] = [SETTING | {"revision": 9}, {"_id": "restored", "term": 3}, POOL]
+    check_current(others, {name: Definition(name=name)})
+
+
+def test_an_agent_whose_pool_was_moved_meanwhile_does_not_lead() -> None:
+    with pytest.raises(
+        Misconfigured, match=r"pool:amfid: expected revision 1 .* found 2, which moves chunks"
+    ):
+        check_current(
+            [_pool(revision=2, block_bits=8, slots=200)], {"amfid": Definition(name="amfid", bits=24)}
+        )
 
 
 def test_a_pool_never_changes_its_database() -> None:
@@ -253,7 +275,7 @@ async def test_the_documents_that_are_there_from_the_start(store: AnyStore) -> N
     await ensure_stored(store, [SETTING])
     position = {"_id": "position", "term": TERM, "token": "t", "saves": 1}
     assert await found(store, POSITION, "position") == position
-    assert await found(store, STAMPS, "stamp") == {"_id": "stamp", "term": TERM, "n": 1, "agent": "agent"}
+    assert await found(store, STAMPS, "stamp") == stamped(1)
 
 
 async def test_endless_changes_by_others_end_the_attempt(

@@ -36,6 +36,7 @@ from tests.store.tools import (
     put,
     session,
     setting,
+    stamped,
 )
 
 POOL = POOLS[0]
@@ -334,7 +335,7 @@ async def test_the_stamp_counts_every_touch_of_no_older_term(store: AnyStore) ->
     await put(store, STAMPS, {"_id": "stamp", "term": 0, "n": 0})
     touched = [await only(store, writes.touch_stamp(term, "agent")) for term in (TERM, TERM, TERM - 1)]
     assert touched == [1, 1, 0]
-    assert await found(store, STAMPS, "stamp") == {"_id": "stamp", "term": TERM, "n": 2, "agent": "agent"}
+    assert await found(store, STAMPS, "stamp") == stamped(2)
 
 
 # --- Bulks ----------------------------------------------------------------------------------------

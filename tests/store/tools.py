@@ -143,3 +143,8 @@ class Stand:
         async with MongoStore(url, name, pools or dict.fromkeys(POOLS, name), **options) as store:
             yield cls(url, name, client, store)
         client.close()
+
+
+def stamped(touches: int) -> Document:
+    """The stamp document after so many touches."""
+    return {"_id": "stamp", "term": TERM, "n": touches, "agent": "agent", "number": 0}
