@@ -181,7 +181,11 @@ class Requests:
         version = pool.version
         await self._relay.caught_up()  # what the table showed just now, consumers have then heard (G4)
         self._session(request.pod, request.incarnation)
-        return m.Acquired(chunks=tuple((chunk.n, chunk.grant) for chunk in granted), version=version)
+        return m.Acquired(
+            chunks=tuple((chunk.n, chunk.grant) for chunk in granted),
+            version=version,
+            revision=self._definitions[pool.name].revision,
+        )
 
     async def release(self, pool: PoolTable, request: m.ChunkList) -> m.Released:
         session = await self._member(pool, request.pod, request.incarnation)

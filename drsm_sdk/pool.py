@@ -428,7 +428,8 @@ class Pool:
             case wire.ChunkClaimed(owner, previous, chunks) if _key(previous) == me:
                 if any(n in self._stock for n in chunks):  # else given back before the database was restored
                     self._session.end(life, f"claimed by {owner.name}")
-            case wire.Sync():
+            case wire.Sync(revision=revision):
+                supply.announced(revision)
                 self._redefine()  # also where the session was opened by a leader with an older definition
             case wire.ChunkReleased():
                 if supply.trouble is not None:

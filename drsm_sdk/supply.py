@@ -30,6 +30,9 @@ ASK_RETRY_FIRST, ASK_RETRY_MOST = 0.1, 5.0
 IDLE = 60.0  # seconds that a chunk stays empty before it goes back
 RECALL_IDLE = 5.0  # the same when the agent asks for it: no chunk goes back and forth
 RECALL_SPARING = 60.0  # seconds after that in which no stock is built up
+REVISION_BELIEVED = 30.0
+"""Seconds after which a revision that nobody has repeated keeps no chunk out any more. An agent repeats its
+own with every sync and every grant; but a forged one must not starve the pod for ever."""
 PAIRS_MAX = 1000  # of one `release` or `scanned` request
 
 
@@ -70,7 +73,8 @@ class Supply:
         self._history, self._term = "", 0
         self._lacking = False
         self._asked_back = 0
-        self._sparing_until = float("-inf")
+        self._sparing_until = self._announced_at = float("-inf")
+        self._revision = 0
         self._tasks = [
             session.tasks.start(self._refill(), f"refill-{self.name}"),
             session.tasks.start(self._return(), f"return-{self.name}"),
@@ -99,6 +103,18 @@ class Supply:
         """There are free ids, but not one of each space in one chunk: another chunk is needed."""
         self._lacking = True
         self.wake()
+
+    def announced(self, revision: int) -> None:
+        """The agent said which revision of the pool's definition it goes by."""
+        if revision >= self._revision or not self._outdated:
+            self._revision, self._announced_at = revision, self._clock()
+
+    @property
+    def _outdated(self) -> bool:
+        """Whether the agent goes by a later definition than this pod. Then a chunk's number does not tell
+        which ids it has: none is taken up until the definition is here, and with it the list of chunks."""
+        known = self.stock.definition.revision
+        return self._revision > known and self._clock() - self._announced_at < REVISION_BELIEVED
 
     def redefine(self, definition: Definition) -> None:
         """The pool has changed. What is held stays where it is, or the agents do not count it as held: then
@@ -163,6 +179,8 @@ class Supply:
         return True
 
     def _take_up(self, chunks: Sequence[Listed]) -> None:
+        if self._outdated:
+            return
         now = self._clock()
         added: dict[int | None, list[Chunk]] = {}
         for n, grant, hold_ms in chunks:
@@ -201,7 +219,7 @@ class Supply:
         request: wire.Acquire | None = None
         while not self.life.ended:
             request = request or self._request()
-            if request is None or self._session.state != "live":
+            if request is None or self._outdated or self._session.state != "live":
                 self._wake_refill.clear()
                 await self._wake_refill.wait()
                 continue
@@ -220,7 +238,7 @@ class Supply:
                     self.trouble = None
                     backoff.reset()
                 else:
-                    self._ask_failed(AgentUnavailable("the pool has grown; its definition is on its way"))
+                    self._ask_failed(AgentUnavailable("the pool was redefined; its definition is on its way"))
                     await asyncio.sleep(backoff.delay())
 
     def _request(self) -> wire.Acquire | None:
@@ -237,15 +255,17 @@ class Supply:
                 await self._urgent.wait()
 
     def _granted(self, answer: Answer[wire.Acquired]) -> bool:
-        """Take up what was granted. False for chunks that the definition in hand does not reach to: with the
-        next one, which the next sync announces, the agent is asked which chunks this pod holds."""
+        """Take up what was granted. False for chunks granted by a later definition than the one in hand, or
+        that this one does not reach to: with the next one, which the next sync announces, the agent is asked
+        which chunks this pod holds."""
         version = answer.body.version
+        self.announced(answer.body.revision)
         if not self._compares(answer.stamp) or version < self._listed:
             return True  # the agent has since said which chunks this pod holds
         self._acquired = max(self._acquired, version)
         self._lacking = False
         self._take_up([(n, grant, None) for n, grant in answer.body.chunks])
-        return all(n < self.stock.definition.capacity for n, _ in answer.body.chunks)
+        return not self._outdated and all(n < self.stock.definition.capacity for n, _ in answer.body.chunks)
 
     def _ask_failed(self, error: DrsmError) -> None:
         if self._session.life is not self.life:

@@ -195,7 +195,8 @@ class Agent:
             raise Refused("pool_exhausted", f"not one chunk of pool {table.name} is free: {level}")
         if numbers[0] not in table.rows:
             self.allocate(table, owner, numbers, request.request_id)
-        return wire.Acquired(tuple((n, table.rows[n].grant) for n in numbers), (table.version, 0))
+        granted = tuple((n, table.rows[n].grant) for n in numbers)
+        return wire.Acquired(granted, (table.version, 0), table.definition.revision)
 
     def release(self, table: Table, request: wire.ChunkList) -> wire.Released:
         owner = self._member(table, request.pod, request.incarnation).owner
@@ -279,7 +280,7 @@ class Agent:
         for table in self.tables.values():
             rows = table.rows.items()
             said = sum(ownership(n, row.owner.name, row.owner.incarnation) for n, row in rows)
-            sync = wire.Sync(len(table.live), len(table.rows), said % MODULUS)
+            sync = wire.Sync(len(table.live), len(table.rows), said % MODULUS, table.definition.revision)
             self._send(table, sync, prev=table.version)
 
     def alive(self, name: str | None = None) -> list[Session]:

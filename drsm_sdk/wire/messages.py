@@ -233,8 +233,12 @@ class Acquire:
 
 @dataclass(frozen=True, slots=True)
 class Acquired:
+    """`revision` is that of the definition by which the chunks were granted: the same number may be other
+    ids by another one. 0 of an agent that does not say so."""
+
     chunks: tuple[tuple[int, str], ...]
     version: Version
+    revision: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -18,13 +20,17 @@ AMF_1 = Pod("amf-1", "10.0.0.1", "i")
 
 
 class Stubborn(MemoryTransport):
-    """Keeps requests of the verb `held` back until `freed`, and swallows a cancellation meanwhile."""
+    """Keeps requests of the verb `held` back until `freed`, and swallows a cancellation meanwhile. Loses
+    syncs while it is `deaf`."""
 
-    held = ""
+    held, deaf = "", False
 
     def __init__(self, domain: Domain) -> None:
         super().__init__(domain._bus, "amf-1")
         self.asked, self.freed = asyncio.Event(), asyncio.Event()
+        self.tables = asyncio.Event()
+        self.tables.set()
+        self.answered: list[str] = []
 
     async def request(self, subject: str, data: bytes, timeout: float) -> Message:
         while self.held and subject.endswith(self.held) and not self.freed.is_set():
@@ -33,7 +39,21 @@ class Stubborn(MemoryTransport):
                 await self.freed.wait()
             except asyncio.CancelledError:
                 continue
-        return await super().request(subject, data, timeout)
+        answer = await super().request(subject, data, timeout)
+        self.answered.append(subject.rpartition(".")[2])
+        return answer
+
+    async def request_many(
+        self, subject: str, data: bytes, timeout: float, done: Callable[[Message], bool]
+    ) -> None:
+        """Snapshots only once `tables` is set."""
+        if subject.endswith(".snapshot"):
+            await self.tables.wait()
+        await super().request_many(subject, data, timeout, done)
+
+    def deliver(self, message: Message) -> None:
+        if not (self.deaf and message.subject.endswith(".sync")):
+            super().deliver(message)
 
 
 def supply_of(pool: Pool) -> Supply:
@@ -75,6 +95,59 @@ async def test_a_request_under_way_as_the_session_ends_keeps_no_task_of_it_alive
             await eventually(lambda: drsm.incarnation not in {None, first})
             transport.freed.set()
             await eventually(lambda: set(running().values()) == {1})
+
+
+A, B, C = "10.0.0.0/28", "10.1.0.0/28", "10.2.0.0/28"
+THREE = Definition(name=POOL, kind="ipv4", ranges=(A, B, C), block_bits=3, slots=8)
+"""Two chunks in each range."""
+
+
+@pytest.mark.parametrize("deaf", [False, True], ids=["announced", "unheard"])
+async def test_a_chunk_granted_by_a_later_definition_waits_for_it(deaf: bool) -> None:
+    """Without range B, whose chunks nobody owned, their numbers are those of C. A request under way meets
+    the new agent before this pod has the definition; the answer alone tells it, should the sync be lost."""
+    async with Domain(THREE) as domain:
+        transport = Stubborn(domain)
+        async with Drsm.connect("memory", AMF_1, transport=transport) as drsm:
+            pool = await drsm.join(POOL)
+            await eventually(lambda: pool.stats.chunks == 2)
+            transport.held, transport.deaf = "acquire", deaf
+            transport.tables.clear()
+            ids = [pool.allocate_nowait() for _ in range(10)]
+            async with asyncio.timeout(10):
+                await transport.asked.wait()
+            domain.stop()
+            domain._agent.tables[POOL].definition = replace(THREE, ranges=(A, C), revision=2)
+            domain._agent.tables[POOL].capacity = 4
+            domain.start()
+            if not deaf:
+                await eventually(lambda: supply_of(pool)._outdated)
+            transport.answered.clear()
+            transport.freed.set()
+            await eventually(lambda: "acquire" in transport.answered)
+            ask("chunks", drsm, pool)
+            await eventually(lambda: "chunks" in transport.answered and 2 in domain.owners(POOL))
+            assert (pool.stats.chunks, pool.definition) == (2, THREE)
+            transport.deaf = False
+            transport.tables.set()
+            await eventually(lambda: pool.stats.chunks > 2)
+            ids += [pool.allocate_nowait() for _ in range(pool.stats.free)]
+            assert {str(id_).rpartition(".")[0] for id_ in ids} == {"10.0.0", "10.2.0"}
+
+
+async def test_a_revision_that_nobody_repeats_keeps_no_chunk_out_for_ever() -> None:
+    """It may have been forged."""
+    clock = SkippingClock()
+    async with Domain(SMALL) as domain, domain.drsm(AMF_1, clock=clock) as drsm:
+        pool = await drsm.join(POOL)
+        supply_of(pool).announced(2**63)
+        supply_of(pool).announced(1)
+        assert supply_of(pool)._outdated
+        clock.skipped += 31.0
+        ids = {await pool.allocate(timeout=10.0) for _ in range(50)}
+        assert len(ids) == 50
+        supply_of(pool).announced(2)
+        assert supply_of(pool)._outdated
 
 
 @pytest.mark.parametrize(("on_silence", "silent"), [("continue", 400.0), ("stop", 2.0)])
