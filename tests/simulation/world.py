@@ -58,8 +58,8 @@ LOOK_SECONDS = 0.5
 HEALING_SECONDS = 14.0 + ALLOCATION * 1.02 + USAGE_LAG + 15.0
 """The longest freeze, then the longest hold, then what a scan and a claim take."""
 HEALED_LOOK_SECONDS = 0.5
-QUIET_SECONDS = LIVENESS
-"""For so long all must be well before the judgement: a pod that nobody answers is suspect by then."""
+QUIET_SECONDS = 1.0
+"""For so long all must be well before the judgement."""
 WAIT_MOST = 2.5
 """An allocation waits two seconds at most."""
 COUNT_SECONDS = 2.0
@@ -673,7 +673,7 @@ class World:
         if actor := self._pick([pod for pod in self.pods if not pod.left]):
             self.observer.note(actor.machine.name, "is killed")
             self._bury(actor, self.pods)
-            self.node.later(self.chance.choice([0.1, 1.0, 5.0]), self._start_pod_again, actor.machine.name)
+            self.node.later(self.chance.choice([0.1, 1.0, 3.0]), self._start_pod_again, actor.machine.name)
 
     def _start_pod_again(self, name: str) -> None:
         if all(pod.machine.name != name for pod in self.pods):
@@ -692,7 +692,7 @@ class World:
         if actor := self._pick([pod for pod in self.pods if not pod.closing]):
             self.observer.note(actor.machine.name, "leaves")
             actor.closing = True
-            self.node.later(self.chance.uniform(4.0, 8.0), self._replace_pod, actor)
+            self.node.later(self.chance.uniform(1.0, 4.0), self._replace_pod, actor)
 
     def _replace_pod(self, actor: PodActor) -> None:
         if actor in self.pods:
@@ -748,7 +748,7 @@ class World:
         if actor := self._pick(self.agents):
             self.observer.note(actor.machine.name, "is killed")
             self._bury(actor, self.agents)
-            self.node.later(self.chance.choice([0.2, 2.0, 6.0]), self._start_agent_again, actor.machine.name)
+            self.node.later(self.chance.choice([0.2, 1.0, 3.0]), self._start_agent_again, actor.machine.name)
 
     def _start_agent_again(self, name: str) -> None:
         if not self._restoring:
@@ -848,7 +848,7 @@ class World:
         return (
             len(self.pods) < self.numbers[0]
             or len(self.agents) < self.numbers[1]
-            or any(pod.closing or not pod.at_work for pod in self.pods)
+            or any(pod.closing or not pod.at_work or not self._is_answered(pod) for pod in self.pods)
             or any(agent.settings is not self.settings for agent in self.agents)
             or any(machine.node.stopped for machine in self._machines())
             or any(line.busy for one in self.network.connections for line in (one.to_server, one.to_client))
@@ -856,6 +856,12 @@ class World:
             or (self._restore is not None and not self._restore.done())
             or (restored is not None and restored.open)
         )
+
+    @staticmethod
+    def _is_answered(pod: PodActor) -> bool:
+        """Whether its renewals are answered: else it may be suspect soon, though it is not yet."""
+        life = pod.drsm._session.life
+        return life is not None and life.leases.liveness_until - pod.machine.now() > LIVENESS / 4
 
     async def _until_demuxes_agree(self) -> None:
         """Pods go on working: an event may be under way at any one moment, but not for long."""
