@@ -76,6 +76,7 @@ class Pool:
         self._news = asyncio.Event()
         self._waiting = 0
         self._lives = 0
+        self._refused: BadRequest | None = None
         # What a session gives; without one: leases that never ran, and nothing in stock.
         self._leases = Leases()
         self._define(Definition(name=name))
@@ -100,12 +101,13 @@ class Pool:
 
         `beside` names a space and an id of this pod in it, and the new one is of the same chunk. Raises
         PoolEmpty when there is no stock just now, AgentUnavailable when the allocation lease has run out,
-        SessionLost while there is no session, BadRequest for a space that is not there.
+        SessionLost while there is no session, BadRequest for a space that is not there, or when the session
+        was opened anew and the agents have no such pool any more.
         """
         clock, leases, stock = self._clock, self._leases, self._stock
         now = clock()
         if now >= leases.issue_until:
-            raise self._session.refusal()
+            raise self._refusal()
         place = 0 if space is None and self._single else self._place(space)
         id_ = stock.take(now, place) if beside is None else stock.take_beside(now, place, self._near(beside))
         supply = self._supply
@@ -116,7 +118,7 @@ class Pool:
         item = id_ if self._plain else self._parts[place].item(id_)
         if clock() >= leases.issue_until:  # the process may have been paused since the first look (R4)
             stock.put_back(id_, place)
-            raise self._session.refusal()
+            raise self._refusal()
         return item
 
     def allocate_set_nowait(self, *spaces: str) -> dict[str, Item]:
@@ -125,7 +127,7 @@ class Pool:
         clock, leases, stock = self._clock, self._leases, self._stock
         now = clock()
         if now >= leases.issue_until:
-            raise self._session.refusal()
+            raise self._refusal()
         places = tuple(map(self._place, spaces)) if spaces else tuple(range(len(self._parts)))
         if len(set(places)) < len(places):
             raise BadRequest(f"pool {self.name}: expected each space once, found {', '.join(spaces)}")
@@ -141,7 +143,7 @@ class Pool:
         if clock() >= leases.issue_until:
             for i, id_ in zip(places, ids, strict=True):
                 stock.put_back(id_, i)
-            raise self._session.refusal()
+            raise self._refusal()
         return items
 
     async def allocate(self, timeout: float = ALLOCATE_TIMEOUT, *, space: str | None = None) -> Item:
@@ -311,7 +313,7 @@ class Pool:
             told=self._feed.publish,
             changed=self._changed,
         )
-        self._stock, self._leases = self._supply.stock, life.leases
+        self._stock, self._leases, self._refused = self._supply.stock, life.leases, None
         self._define(definition)
         self._me = Owner.of(self._session.owner(life), "live")
         self._lives += 1
@@ -321,7 +323,7 @@ class Pool:
 
     def end(self, reason: str) -> None:
         """It is over: nothing is issued from this moment on. The application is told, unless it asked."""
-        stock = self._follow_end()
+        stock, self._refused = self._follow_end(), None
         if not self._session.closing and stock is not self._nothing:
             chunks = tuple(sorted(chunk.n for chunk in stock))
             self._feed.publish(
@@ -331,6 +333,11 @@ class Pool:
             )
         if self._session.tasks.failure is not None:
             self._feed.close()
+        self._changed()
+
+    def refuse(self, error: BadRequest) -> None:
+        """There is a session, but the agent does not let it join this pool, for now at least."""
+        self._refused = error
         self._changed()
 
     def resume(self) -> None:
@@ -429,11 +436,17 @@ class Pool:
                 if any(n in self._stock for n in chunks):  # else given back before the database was restored
                     self._session.end(life, f"claimed by {owner.name}")
             case wire.Sync(revision=revision):
-                supply.announced(revision)
+                supply.announced(revision, head.term)
                 self._redefine()  # also where the session was opened by a leader with an older definition
             case wire.ChunkReleased():
                 if supply.trouble is not None:
                     supply.urge()
+
+    def _refusal(self) -> DrsmError:
+        """Why nothing may be issued just now."""
+        if self._supply is not None or self._session.life is None:
+            return self._session.refusal()
+        return self._refused or AgentUnavailable(f"pool {self.name} is being joined again")
 
     def _changed(self) -> None:
         """Let everybody who waits look again."""

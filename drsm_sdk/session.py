@@ -44,6 +44,7 @@ REPORT_TIMEOUT = 30.0  # the agent waits until those are dead that may hold the 
 REPORT_CHUNKS_MAX = 500  # about 25 KiB
 CLOSE_TIMEOUT = 1.0
 JOIN_TIMEOUT = 5.0
+REJOIN_FIRST, REJOIN_MOST = 0.5, 30.0  # of a pool that is not there now, and may come back
 
 
 class Member(Protocol):
@@ -54,6 +55,9 @@ class Member(Protocol):
 
     def end(self, reason: str) -> None:
         """It is over: issue nothing more, from this moment on. Must not wait, must not fail."""
+
+    def refuse(self, error: BadRequest) -> None:
+        """There is a session, but the agent does not let it join this pool; it will be asked again."""
 
     def resume(self) -> None:
         """A lease that had run out was renewed: who waits for ids may find some again."""
@@ -77,9 +81,9 @@ class Life:
     """One incarnation of this pod, from open to its end.
 
     Answers to what was sent before `counts_from` extend no lease. `reporting`: the agent does not know this
-    session, perhaps only because of a restore, and is being told of it; nothing is issued. `strikes` counts
-    renewals in a row whose `held` differed; `unsettled` and `reported` wake who asks the agent, or tells it,
-    which chunks there are.
+    session, perhaps only because of a restore, and is being told of it; nothing is issued. `missing` are the
+    pod's pools that the session has not joined. `strikes` counts renewals in a row whose `held` differed;
+    `unsettled` and `reported` wake who asks the agent, or tells it, which chunks there are.
     """
 
     incarnation: int
@@ -92,6 +96,7 @@ class Life:
     reporting: bool = False
     strikes: int = 0
     outstanding: int = 0
+    missing: set[str] = field(default_factory=set)
     reported: asyncio.Event = field(default_factory=asyncio.Event)
     unsettled: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -234,6 +239,7 @@ class Session:
             watches = [
                 self.tasks.start(self._reconcile(life), "reconcile"),
                 self.tasks.start(self._report(life), "report"),
+                self.tasks.start(self._join_missing(life), "rejoin"),
             ]
             try:
                 await self._renew_until_over(life)
@@ -261,25 +267,31 @@ class Session:
             log.info("closing the session was not answered: %s", error)
 
     async def _open(self) -> Life:
-        """Ask until there is an answer; the same request again while it may have been heard."""
+        """Ask until there is an answer; the same request again while it may have been heard. If there is a
+        pool among the pod's that the agent does not know (any more), without any: that one must not keep the
+        pod out of the others, which are then joined one by one."""
         backoff = Backoff(self.chance, REOPEN_FIRST, REOPEN_MOST)
-        request = self._open_request()
+        pools = tuple(self.members)
+        request = self._open_request(pools)
         while True:
             try:
                 answer = await self._rpc.call(
                     self.subjects.session("open"), request, wire.Opened, OPEN_TIMEOUT
                 )
             except Refused as refused:
-                self._note_refusal(refused.error)
-                request = self._open_request()
+                if pools and isinstance(refused.error, BadRequest) and refused.error.error == "unknown_pool":
+                    pools = ()
+                else:
+                    self._note_refusal(refused.error)
+                request = self._open_request(pools)
             except DrsmError as error:
                 self._note_refusal(error)
             else:
                 return self._begin(answer)
             await asyncio.sleep(backoff.delay())
 
-    def _open_request(self) -> wire.Open:
-        return wire.Open(self.pod.ref, tuple(self.members), self.chance.token())
+    def _open_request(self, pools: tuple[str, ...]) -> wire.Open:
+        return wire.Open(self.pod.ref, pools, self.chance.token())
 
     def _begin(self, answer: Answer[wire.Opened]) -> Life:
         opened = answer.body
@@ -295,7 +307,29 @@ class Session:
         for name, member in self.members.items():
             if name in definitions:
                 member.begin(life, definitions[name])
+        life.missing = self.members.keys() - definitions.keys()
         return life
+
+    async def _join_missing(self, life: Life) -> None:
+        """Join each of the pod's pools that the session was opened without, until it is there."""
+        backoff = Backoff(self.chance, REJOIN_FIRST, REJOIN_MOST)
+        refused: set[str] = set()
+        while life.missing and not life.ended:
+            for name in sorted(life.missing):
+                try:
+                    definition = await self.join(life, name)
+                except BadRequest as error:
+                    if name not in refused:
+                        log.warning("pool %s cannot be joined again: %s", name, error)
+                    refused.add(name)
+                    self.members[name].refuse(error)
+                except DrsmError as error:
+                    log.info("joining pool %s again was not answered: %s", name, error)
+                else:
+                    life.missing.remove(name)
+                    self.members[name].begin(life, definition)
+            if life.missing:
+                await asyncio.sleep(backoff.delay())
 
     def _note_refusal(self, error: DrsmError) -> None:
         if str(error) != self.lost_reason:

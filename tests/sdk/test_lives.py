@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from drsm_sdk import AgentUnavailable, Drsm, Pod, Pool
+from drsm_sdk import AgentUnavailable, BadRequest, Drsm, Pod, Pool
 from drsm_sdk.client import OnSilence
 from drsm_sdk.supply import Supply
 from drsm_sdk.testing import Definition, Domain, MemoryTransport
@@ -95,6 +95,37 @@ async def test_a_request_under_way_as_the_session_ends_keeps_no_task_of_it_alive
             await eventually(lambda: drsm.incarnation not in {None, first})
             transport.freed.set()
             await eventually(lambda: set(running().values()) == {1})
+
+
+async def test_a_pool_that_is_there_no_more_keeps_the_pod_out_of_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Once it is there again it is joined again."""
+    async with Domain(SMALL, "gone", "more") as domain, domain.drsm(AMF_1) as drsm:
+        pool, gone, more = [await drsm.join(name) for name in (POOL, "gone", "more")]
+        first = drsm.incarnation
+        domain.cut("amf-1")
+        domain.lose("amf-1")
+        table = domain._agent.tables.pop("gone")
+        domain.mend("amf-1")
+        await eventually(lambda: drsm.incarnation not in {None, first})
+        with pytest.raises(BadRequest) as refused:
+            await gone.allocate(timeout=10.0)
+        assert refused.value.error == "unknown_pool"
+        assert await pool.allocate(timeout=10.0)
+        assert await more.allocate(timeout=10.0)
+        with pytest.raises(BadRequest):
+            gone.allocate_nowait()
+        assert [r.getMessage() for r in caplog.records if "pool gone" in r.getMessage()] != []
+        domain._agent.tables["gone"] = table
+        async with asyncio.timeout(10.0):
+            while True:
+                try:
+                    id_ = await gone.allocate(timeout=10.0)
+                    break
+                except BadRequest:
+                    await asyncio.sleep(0.01)
+        assert gone.valid(id_)
 
 
 A, B, C = "10.0.0.0/28", "10.1.0.0/28", "10.2.0.0/28"
