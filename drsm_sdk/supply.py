@@ -74,7 +74,7 @@ class Supply:
         self._lacking = False
         self._asked_back = 0
         self._sparing_until = self._announced_at = float("-inf")
-        self._revision = 0
+        self._revision = self._announced_term = 0
         self._tasks = [
             session.tasks.start(self._refill(), f"refill-{self.name}"),
             session.tasks.start(self._return(), f"return-{self.name}"),
@@ -104,10 +104,16 @@ class Supply:
         self._lacking = True
         self.wake()
 
-    def announced(self, revision: int) -> None:
-        """The agent said which revision of the pool's definition it goes by."""
-        if revision >= self._revision or not self._outdated:
-            self._revision, self._announced_at = revision, self._clock()
+    def announced(self, revision: int, term: int) -> None:
+        """The agent of a term said which revision of the pool's definition it goes by. A leader of a later
+        term counts, also with an older definition: such a change moves nothing."""
+        now, before = self._clock(), self._outdated
+        if term < self._announced_term and now - self._announced_at < REVISION_BELIEVED:
+            return
+        self._revision, self._announced_term, self._announced_at = revision, term, now
+        if before and not self._outdated:
+            self.life.unsettled.set()
+            self.wake()
 
     @property
     def _outdated(self) -> bool:
@@ -259,7 +265,7 @@ class Supply:
         that this one does not reach to: with the next one, which the next sync announces, the agent is asked
         which chunks this pod holds."""
         version = answer.body.version
-        self.announced(answer.body.revision)
+        self.announced(answer.body.revision, answer.stamp.term)
         if not self._compares(answer.stamp) or version < self._listed:
             return True  # the agent has since said which chunks this pod holds
         self._acquired = max(self._acquired, version)

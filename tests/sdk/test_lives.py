@@ -171,14 +171,26 @@ async def test_a_revision_that_nobody_repeats_keeps_no_chunk_out_for_ever() -> N
     clock = SkippingClock()
     async with Domain(SMALL) as domain, domain.drsm(AMF_1, clock=clock) as drsm:
         pool = await drsm.join(POOL)
-        supply_of(pool).announced(2**63)
-        supply_of(pool).announced(1)
+        supply_of(pool).announced(2**63, 2**31)
+        supply_of(pool).announced(1, 1)
         assert supply_of(pool)._outdated
         clock.skipped += 31.0
         ids = {await pool.allocate(timeout=10.0) for _ in range(50)}
         assert len(ids) == 50
-        supply_of(pool).announced(2)
+        supply_of(pool).announced(2, 1)
         assert supply_of(pool)._outdated
+
+
+async def test_a_later_leader_with_an_older_definition_keeps_no_chunk_out() -> None:
+    """Agents are updated one by one, and one of those left may lead once more: it goes by its own."""
+    async with Domain(SMALL) as domain, domain.drsm(AMF_1) as drsm:
+        pool = await drsm.join(POOL)
+        supply_of(pool).announced(5, 2**31)
+        assert supply_of(pool)._outdated
+        supply_of(pool).announced(1, 2**31 + 1)
+        assert not supply_of(pool)._outdated
+        supply_of(pool).announced(5, 2**31)  # late
+        assert len({await pool.allocate(timeout=10.0) for _ in range(50)}) == 50
 
 
 @pytest.mark.parametrize(("on_silence", "silent"), [("continue", 400.0), ("stop", 2.0)])
