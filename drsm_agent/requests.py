@@ -111,6 +111,9 @@ class Requests:
         for pool in request.pools:
             self.pool(pool)
         session = await self._living(request.pod, request.incarnation)
+        if (count := len({*session.pools, *request.pools})) > m.POOLS_PER_SESSION_MAX:
+            message = f"pools: expected at most {m.POOLS_PER_SESSION_MAX} of one session, found {count}"
+            raise Refused("bad_request", f"{message}; join fewer, or define one pool with several spaces")
         if not set(request.pools) <= set(session.pools):
             await self._joins.board((session.key, request.pools), request)
         return m.Joined(self._defined(request.pools))

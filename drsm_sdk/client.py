@@ -15,6 +15,7 @@ from drsm_sdk.scan import InUse
 from drsm_sdk.session import Session, State
 from drsm_sdk.tasks import Tasks
 from drsm_sdk.transport import NotConnected, Transport, on_nats
+from drsm_sdk.wire.messages import POOLS_PER_SESSION_MAX
 from drsm_sdk.wire.subjects import PREFIX_DEFAULT
 
 OnSilence = Literal["continue", "stop"]
@@ -151,8 +152,8 @@ class Drsm:
         `in_use(first, last)` tells which ids of a range are in use, for chunks claimed from dead pods; plain
         (then it runs in a thread) or async. Without it such chunks are owned and routed but never issued
         from. Joining again with the same function returns the same pool. `timeout` in seconds, by default
-        that of `connect`. Raises BadRequest (also for an unknown pool) and AgentUnavailable; after the latter
-        the pod goes on joining, as the agent may have heard it: call again to get the pool.
+        that of `connect`. Raises BadRequest (also for an unknown pool, or a 65th) and AgentUnavailable; after
+        the latter the pod goes on joining, as the agent may have heard it: call again to get the pool.
         """
         naming.pool_name(name)
         if not self._entered:
@@ -175,9 +176,14 @@ class Drsm:
         """The pool of this name, and when it is ready: one and the same for all who join it."""
         if name in self._pools:
             pool, ready = self._pools[name]
-            if in_use is not pool.in_use:
+            if in_use != pool.in_use:  # a bound method is another object each time
                 raise BadRequest(f"pool {name} was joined with another in_use; join once and keep the Pool")
             return pool, ready
+        if len(self._pools) >= POOLS_PER_SESSION_MAX:
+            raise BadRequest(
+                f"expected at most {POOLS_PER_SESSION_MAX} pools of one pod, found {name} as one more; "
+                "join fewer, or define one pool with several spaces"
+            )
         pool, ready = Pool(name, self._session, self._rpc, in_use), asyncio.Future()
         self._pools[name] = pool, ready
         self._tasks.start(self._join(pool, ready), f"join-{name}")

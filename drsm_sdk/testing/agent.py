@@ -146,6 +146,9 @@ class Agent:
     def join(self, request: wire.Join) -> wire.Joined:
         definitions = self._defined(request.pools)
         session = self._living(request.pod, request.incarnation)
+        if (count := len({*session.pools, *request.pools})) > wire.POOLS_PER_SESSION_MAX:
+            most = wire.POOLS_PER_SESSION_MAX
+            raise Refused("bad_request", f"pools: expected at most {most} of one session, found {count}")
         for pool in request.pools:
             if pool not in session.pools:
                 session.pools[pool] = None

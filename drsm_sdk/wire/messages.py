@@ -21,6 +21,7 @@ ACQUIRE_COUNT_MAX = 256
 CHUNKS_PER_EVENT = 1000
 """Neighbouring changes that one event carries at most: 40 KiB with grants, far below any max_payload."""
 POOLS_PER_SESSION_MAX = 64
+"""Pools that a session may join, at once or one after the other: `open` and `report` name them all."""
 
 Version = tuple[int, int]
 Prefixes = dict[str, tuple[str, ...]]

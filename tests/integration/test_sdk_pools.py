@@ -5,7 +5,8 @@ from contextlib import AsyncExitStack
 import pytest
 
 from drsm_sdk import BadRequest, Drsm, Pod
-from tests.harness import POOL, SEEN_SECONDS, Domain
+from drsm_sdk.wire import messages as m
+from tests.harness import POOL, SEEN_SECONDS, Domain, Failed, requester
 
 
 async def test_a_pool_taken_off_the_list_keeps_the_pod_out_of_no_other(domain: Domain) -> None:
@@ -24,3 +25,17 @@ async def test_a_pool_taken_off_the_list_keeps_the_pod_out_of_no_other(domain: D
             assert refused.value.error == "unknown_pool"
             assert await pool.allocate(timeout=SEEN_SECONDS)
             await stack.aclose()
+
+
+async def test_a_session_joins_at_most_as_many_pools_as_one_may_be_opened_with(domain: Domain) -> None:
+    names = [POOL, *(f"pool-{i}" for i in range(m.POOLS_PER_SESSION_MAX))]
+    async with (
+        domain.agent(pools=[{"name": name} for name in names]),
+        requester(domain.nats_url, domain.prefix) as asking,
+    ):
+        pod = (await asking.open("amf-1", pools=tuple(names[:-1]))).incarnation
+        subject = asking.subjects.session("join")
+        again = await asking.ask(subject, m.Join("amf-1", pod, tuple(names[:2])), m.Joined)
+        assert [definition.name for definition in again.definitions] == names[:2]
+        with pytest.raises(Failed, match="expected at most 64 of one session, found 65"):
+            await asking.ask(subject, m.Join("amf-1", pod, (names[-1],)), m.Joined)

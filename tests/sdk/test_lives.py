@@ -12,6 +12,7 @@ from drsm_sdk.client import OnSilence
 from drsm_sdk.supply import Supply
 from drsm_sdk.testing import Definition, Domain, MemoryTransport
 from drsm_sdk.transport import Message
+from drsm_sdk.wire.messages import POOLS_PER_SESSION_MAX
 from tests.sdk.fake_agent import SkippingClock, eventually
 
 POOL = "amfid"
@@ -126,6 +127,34 @@ async def test_a_pool_that_is_there_no_more_keeps_the_pod_out_of_no_other(
                 except BadRequest:
                     await asyncio.sleep(0.01)
         assert gone.valid(id_)
+
+
+async def test_a_pod_joins_no_more_pools_than_a_session_may_have() -> None:
+    """It would be refused when the next session is opened, and that one would never be."""
+    names = [f"pool-{i}" for i in range(POOLS_PER_SESSION_MAX + 1)]
+    async with Domain(*names) as domain, domain.drsm(AMF_1, timeout=30.0) as drsm:
+        pools = await asyncio.gather(*[drsm.join(name) for name in names[1:]])
+        with pytest.raises(BadRequest, match="expected at most 64 pools of one pod, found pool-0"):
+            await drsm.join(names[0])
+        assert await drsm.join(names[1]) is pools[0]
+        first = drsm.incarnation
+        domain.lose("amf-1")
+        await eventually(lambda: drsm.incarnation not in {None, first})
+        assert await pools[0].allocate(timeout=10.0)
+
+
+class Contexts:
+    def in_use(self, first: int, last: int) -> list[int]:
+        return []
+
+
+async def test_joining_again_with_a_method_of_the_same_object_gives_the_same_pool() -> None:
+    contexts = Contexts()
+    async with Domain(SMALL) as domain, domain.drsm(AMF_1) as drsm:
+        pool = await drsm.join(POOL, in_use=contexts.in_use)
+        assert await drsm.join(POOL, in_use=contexts.in_use) is pool
+        with pytest.raises(BadRequest, match="another in_use"):
+            await drsm.join(POOL, in_use=Contexts().in_use)
 
 
 A, B, C = "10.0.0.0/28", "10.1.0.0/28", "10.2.0.0/28"
