@@ -74,11 +74,19 @@ async def work(pool: Pool, contexts: Contexts, pod: str) -> None:
         except (PoolEmpty, PoolExhausted, AgentUnavailable, SessionLost) as error:
             print(f"no ids: {error}")  # the SDK works on it
             await asyncio.sleep(RETRY_SECONDS)
-        # Ours are those whose ids are, also a dead pod's once its chunk is claimed for us.
-        ours = [ids for ids in await contexts.all() if pool.valid(ids["ngapid"], space="ngapid")]
-        for ids in ours[:-SESSIONS_MAX]:
+        for ids in await too_many(pool, contexts):
             await forget(pool, contexts, ids)
         await asyncio.sleep(1 / SESSIONS_PER_SECOND)
+
+
+async def too_many(pool: Pool, contexts: Contexts) -> list[Context]:
+    """The oldest of ours: those whose ids are ours, also a dead pod's once its chunk is claimed for us."""
+    try:
+        known = await contexts.all()
+    except PyMongoError as error:
+        print(f"not read: {error}")  # no reason to leave: what was issued goes on
+        return []
+    return [ids for ids in known if pool.valid(ids["ngapid"], space="ngapid")][:-SESSIONS_MAX]
 
 
 async def forget(pool: Pool, contexts: Contexts, ids: Context) -> None:

@@ -50,9 +50,9 @@ class Contexts:
 
 
 async def serve() -> None:
-    contexts = Contexts(CONTEXTS_FILE)
     while True:
         try:
+            contexts = Contexts(CONTEXTS_FILE)
             async with Drsm.connect(NATS_URL, Pod.from_env(), prefix=PREFIX) as drsm:
                 pool = await drsm.join(POOL, in_use=contexts.in_use)
                 print(f"joined {POOL} as {drsm.pod.name}, incarnation {drsm.incarnation}")
@@ -60,7 +60,8 @@ async def serve() -> None:
                     tasks.create_task(tell(pool))
                     tasks.create_task(report(drsm, pool))
                     tasks.create_task(work(pool, contexts))
-        except AgentUnavailable as error:  # not there yet: containers start in any order
+        except (AgentUnavailable, sqlite3.OperationalError) as error:
+            # Not there yet: containers start in any order. Or the file is locked.
             print(f"waiting: {error}")
         await asyncio.sleep(RETRY_SECONDS)
 
@@ -72,18 +73,26 @@ async def work(pool: Pool, contexts: Contexts) -> None:
             try:
                 await asyncio.to_thread(contexts.add, id_)
             except sqlite3.OperationalError:  # it would not be in there within `W`: it was never issued
-                pool.release(id_)
+                with suppress(DrsmError):  # lost in this very moment
+                    pool.release(id_)
         except (PoolEmpty, PoolExhausted, AgentUnavailable, SessionLost) as error:
             print(f"no id: {error}")  # the SDK works on it; contexts that are still ours go on
             await asyncio.sleep(RETRY_SECONDS)
-        # Ours are those whose ids are: a dead pod's too once its chunk is claimed for us, but none of a chunk
-        # that we lost, as its new owner serves them.
-        ours = [id_ for id_ in await asyncio.to_thread(contexts.in_use) if pool.valid(id_)]
-        for id_ in ours[:-CONTEXTS_MAX]:
-            await asyncio.to_thread(contexts.remove, id_)
-            with suppress(DrsmError):  # lost in this very moment
-                pool.release(id_)
+        try:
+            await forget_oldest(pool, contexts)
+        except sqlite3.OperationalError as error:
+            print(f"no context forgotten: {error}")  # locked; another time
         await asyncio.sleep(1 / IDS_PER_SECOND)
+
+
+async def forget_oldest(pool: Pool, contexts: Contexts) -> None:
+    """Of our contexts. Ours are those whose ids are: a dead pod's too once its chunk is claimed for us, but
+    none of a chunk that we lost, as its new owner serves them."""
+    ours = [id_ for id_ in await asyncio.to_thread(contexts.in_use) if pool.valid(id_)]
+    for id_ in ours[:-CONTEXTS_MAX]:
+        await asyncio.to_thread(contexts.remove, id_)
+        with suppress(DrsmError):  # lost in this very moment
+            pool.release(id_)
 
 
 async def tell(pool: Pool) -> None:

@@ -1,7 +1,9 @@
 """The examples of several ids for one session: as processes, with a real collection of contexts."""
 
 import asyncio
+import importlib.util
 import json
+import sqlite3
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -10,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pymongo.errors import AutoReconnect
 
 from drsm_agent.embedded import Process, Scratch
-from drsm_sdk import Demux, Drsm, Pod
+from drsm_agent.settings import PoolSettings
+from drsm_sdk import Demux, Drsm, Pod, testing
+from drsm_sdk.wire.definition import Definition
 from tests.acceptance.test_agent_commands import AGENT, command, until_ready
 from tests.harness import SEEN_SECONDS, Domain, eventually, mongo_client
 
@@ -127,6 +132,67 @@ async def test_all_ids_of_a_session_move_to_one_owner_and_none_is_issued_again(
             }  # one was on its way
             indexes = await database[collection].index_information()
             assert {f"{first}_1", f"{second}_1"} < set(indexes)
+
+
+def loaded(name: str) -> Any:
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Unreadable:
+    """Contexts that can be written but not read."""
+
+    def __init__(self, error: Exception) -> None:
+        self.tries, self._error = 0, error
+
+    def fail(self) -> None:
+        self.tries += 1
+        raise self._error
+
+
+class UnreadableDocuments(Unreadable):
+    async def add(self, ids: dict[str, Any], pod: str) -> None: ...
+
+    async def all(self) -> None:
+        self.fail()
+
+
+class UnreadableFile(Unreadable):
+    def add(self, id_: int) -> None: ...
+
+    def in_use(self) -> None:
+        self.fail()
+
+
+@pytest.mark.parametrize(
+    ("name", "contexts", "arguments"),
+    [
+        ("amf", UnreadableDocuments(AutoReconnect("no primary")), ("amf-1",)),
+        ("smf", UnreadableDocuments(AutoReconnect("no primary")), ("smf-1",)),
+        ("pod", UnreadableFile(sqlite3.OperationalError("database is locked")), ()),
+    ],
+    ids=["amf", "smf", "pod"],
+)
+async def test_an_example_works_on_while_its_contexts_cannot_be_read(
+    name: str, contexts: Unreadable, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would leave, give up its session, and all that it serves would move."""
+    program = loaded(name)
+    for setting in ("SESSIONS_PER_SECOND", "IDS_PER_SECOND"):
+        monkeypatch.setattr(program, setting, 1000.0, raising=False)
+    pools = {pool["name"]: PoolSettings(**pool).definition for pool in json.loads(POOLS.read_text())}
+    pool_name = program.POOL
+    definition = pools.get(pool_name, Definition(name=pool_name))
+    async with testing.Domain(definition) as domain, domain.drsm(Pod(f"{name}-1", "10.0.0.1", "i")) as drsm:
+        working = asyncio.create_task(program.work(await drsm.join(pool_name), contexts, *arguments))
+        await eventually(lambda: contexts.tries >= 3 or working.done())
+        assert not working.done(), working.exception()
+        working.cancel()
 
 
 async def test_dev_serves_the_pools_of_the_examples() -> None:
