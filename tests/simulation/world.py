@@ -851,6 +851,7 @@ class World:
             or any(pod.closing or not pod.at_work or not self._is_answered(pod) for pod in self.pods)
             or any(agent.settings is not self.settings for agent in self.agents)
             or any(machine.node.stopped for machine in self._machines())
+            or not all(connection.connected for connection in self.network.connections)
             or any(line.busy for one in self.network.connections for line in (one.to_server, one.to_client))
             or self.database.late > 0
             or (self._restore is not None and not self._restore.done())
