@@ -261,13 +261,13 @@ ABLATIONS: tuple[Ablation, ...] = (
         "G1",
         RETURNING,
         ((Restorer, "may_issue", lambda *_, **__: True),),
-        hint=18,
+        hint=1,
     ),
     Ablation(
-        "grants go on at once after a restore", "G1", RESTORES, ((Grants, "left", lambda _: 0.0),), hint=8
+        "grants go on at once after a restore", "G1", RESTORES, ((Grants, "left", lambda _: 0.0),), hint=24
     ),
     Ablation(
-        "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=23
+        "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=160
     ),
     Ablation(
         "a mark is forgotten when its owner closes",
@@ -281,10 +281,10 @@ ABLATIONS: tuple[Ablation, ...] = (
         "5",
         INHERITANCE,
         ((Stock, "_release_closed", _release_counts_at_once),),
-        hint=0,
+        hint=7,
     ),
     Ablation(
-        "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=2
+        "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=9
     ),
     Ablation(
         "the holder's durations are not shortened",
@@ -300,35 +300,37 @@ ABLATIONS: tuple[Ablation, ...] = (
         ((Pool, "allocate_nowait", _without_second_check),),
         hint=3,
     ),
-    Ablation("a demux does not look for gaps", "G5", LOSSES, ((Mirror, "apply", _without_gap_check),)),
-    Ablation("a leader speaks without a lead", "R2", LEADERS, ((Lead, "check", _no_check),)),
     Ablation(
-        "no grace after a change of leader", "R6", LEADERS, ((Leader, "_full_leases", _no_grace),), hint=14
+        "a demux does not look for gaps", "G5", LOSSES, ((Mirror, "apply", _without_gap_check),), hint=0
+    ),
+    Ablation("a leader speaks without a lead", "R2", LEADERS, ((Lead, "check", _no_check),), hint=0),
+    Ablation(
+        "no grace after a change of leader", "R6", LEADERS, ((Leader, "_full_leases", _no_grace),), hint=9
     ),
     Ablation(
         "a death is written whatever the term",
         "R5",
         LATE_DEATHS,
         ((writes, "end_session", _death_without_term),),
-        hint=135,
+        hint=88,
     ),
-    Ablation("no stamp before answering", "R5", LATE_DEATHS, ((Leader, "_stamp", _no_stamp),), hint=0),
+    Ablation("no stamp before answering", "R5", LATE_DEATHS, ((Leader, "_stamp", _no_stamp),), hint=15),
     Ablation(
         "answers before the table has passed the stamp",
         "R6",
         LAGGING,
         ((Leader, "_stamp", _no_barrier),),
-        hint=61,
+        hint=46,
     ),
     Ablation(
         "a renewal counts after death was decided",
         "R2",
         LATE_WRITES,
         ((LivenessLeases, "extend", _renewed_all_the_same), (Requests, "_session", _whatever_was_decided)),
-        hint=29,
+        hint=17,
     ),
-    Ablation("no hold", "4", PARTITIONS, ((reaper, "hold_ms", lambda *_: 0),), hint=1),
-    Ablation("events are not confirmed", "G4", RECONNECTS, ((Relay, "_delivered", _unconfirmed),), hint=1),
+    Ablation("no hold", "4", PARTITIONS, ((reaper, "hold_ms", lambda *_: 0),), hint=2),
+    Ablation("events are not confirmed", "G4", RECONNECTS, ((Relay, "_delivered", _unconfirmed),), hint=8),
     Ablation(
         "a hold without W", "section 4", SLOW_TO_SHOW, ((reaper, "hold_ms", _without_usage_lag),), hint=12
     ),
@@ -344,44 +346,48 @@ ABLATIONS: tuple[Ablation, ...] = (
         "G2",
         LATE_CLAIMS,
         ((writes, "_chunk_guard", _pod_as_seen),),
-        hint=1,
+        hint=0,
     ),
     Ablation(
-        "guards do not look at the grant", "G1", SCARCE, ((writes, "_chunk_guard", _whatever_the_grant),)
+        "guards do not look at the grant",
+        "G1",
+        SCARCE,
+        ((writes, "_chunk_guard", _whatever_the_grant),),
+        hint=1,
     ),
     Ablation(
         "the guard of a keepalive does not look at the incarnation",
         "death in steps",
         ABSENCES,
         ((writes, "_mirror_guard", _mirror_of_the_name),),
-        hint=2,
+        hint=1,
     ),
     Ablation(
         "a pod takes events of its name for its own",
         "G3",
         NAMESAKES,
         ((sdk_pool, "_key", _name_only),),
-        hint=124,
+        hint=0,
     ),
     Ablation(
         "a repeated acquire is a new one", "repeats", LOSSES, ((requests, "_Wanted", _wanted_anew),), hint=8
     ),
     Ablation(
-        "a repeated open is a new one", "repeats", LOSSES, ((Requests, "_new_session", _opened_anew),), hint=1
+        "a repeated open is a new one", "repeats", LOSSES, ((Requests, "_new_session", _opened_anew),), hint=2
     ),
     Ablation(
         "a new leader publishes nothing of what the old one left",
         "R6",
         LEADERS,
         ((Relay, "publish_log", _taken_for_published),),
-        hint=16,
+        hint=10,
     ),
-    Ablation("answers before the event is out", "G4", RESTLESS, ((Relay, "caught_up", _at_once),), hint=10),
+    Ablation("answers before the event is out", "G4", RESTLESS, ((Relay, "caught_up", _at_once),), hint=2),
     Ablation(
         "a number that was given back is not granted again",
         "G3",
         ANY,
         ((FreeNumbers, "freed", lambda *_: None),),
-        hint=2,
+        hint=5,
     ),
 )

@@ -274,6 +274,11 @@ class Observer:
                 self.contradicted.append((incarnation, left))
             self.broken("R1", f"incarnation {incarnation} is dead and counts on its lease for {left:.3f} s")
 
+    def told_its_end(self, incarnation: int, reason: str) -> None:
+        """An event has ended a pod's session."""
+        if incarnation not in self._dead_at and not self.was_restored:
+            self.broken("G2", f"incarnation {incarnation} lives, and was told that it is over: {reason}")
+
     def demux_holds(self, who: str, history: str, version: m.Version, table: tuple[int, int]) -> None:
         """A demux has a table of so many chunks and this checksum, as of a version."""
         sums = self._lost_sums if history in self._lost_histories else self._sums

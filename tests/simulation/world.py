@@ -35,6 +35,7 @@ from drsm_sdk import (
 from drsm_sdk import changes as change
 from drsm_sdk.pool import Pool
 from drsm_sdk.rpc import Refused, Rpc
+from drsm_sdk.session import Life
 from drsm_sdk.wire import messages as wire
 from drsm_sdk.wire.space import Item
 from drsm_sdk.wire.subjects import Subjects
@@ -517,13 +518,24 @@ class World:
                 await asyncio.sleep(0.5)
 
     def _drsm(self, machine: Machine, transport: PodTransport) -> Drsm:
-        return Drsm.connect(
+        drsm = Drsm.connect(
             "nats://simulated",
             Pod(machine.name, "10.0.0.1", "i"),
             transport=transport,
             clock=machine.clock,
             chance=ambient.Chance(random.Random(self.chance.getrandbits(64))),
         )
+        session = drsm._session
+        end = session.end
+
+        def ends(life: Life, reason: str) -> None:
+            """By an event, which comes in no task: by an answer it may be over before that is written."""
+            if life is session.life and asyncio.current_task() is None:
+                self.observer.told_its_end(life.incarnation, reason)
+            end(life, reason)
+
+        session.end = ends  # type: ignore[method-assign]
+        return drsm
 
     async def _work(self, actor: PodActor, drsm: Drsm, pool: Any) -> None:
         chance = random.Random(self.chance.getrandbits(64))
