@@ -380,18 +380,18 @@ class Leader:
                     signs = shown
                     if record.get("handed_over") and hearing.any.is_set():
                         await self._note_hand_over(lead, handed_over=False)
-                alone = hearing.silence() >= UNHEARD_SHARE * parts.leases.effective_liveness(
-                    len(table.sessions)
-                )
-                late = probe.late(now)
-                deaf = (alone and table.alive()) or late >= parts.leases.leader
-                if not deaf or now - waited_at > 2 * parts.leases.leader:
+                enough = UNHEARD_SHARE * parts.leases.effective_liveness(len(table.sessions))
+                silent, late = hearing.silence(), probe.late(now)
+                if silent >= enough and table.alive():
+                    why = f"no pod was heard for {silent:.1f} s"
+                elif late >= parts.leases.leader:
+                    why = f"requests to myself come back too late since {late:.1f} s"
+                else:
+                    continue
+                if now - waited_at > 2 * parts.leases.leader:
                     continue
                 if not (await self._leader_document()).get("handed_over"):
                     await self._note_hand_over(lead, handed_over=True)
-                    why = f"no pod was heard for {hearing.silence():.1f} s"
-                    if not alone:
-                        why = f"requests to myself come back too late since {late:.1f} s"
                     raise Unheard(f"{why}, and a standby waits")
             except StoreUnavailable as error:
                 log.warning("put_off", error=str(error))

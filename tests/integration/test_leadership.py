@@ -265,6 +265,29 @@ async def test_a_leader_that_hears_itself_late_keeps_its_lead(domain: Domain) ->
         await way.stop()
 
 
+async def test_a_leader_that_hears_itself_too_late_to_judge_hands_over_to_a_standby(domain: Domain) -> None:
+    """R7: once it did better, so another agent may. A lone one stays: that helps nobody."""
+    way = Link(domain.nats_url.removeprefix("nats://"))
+    await way.start()
+    try:
+        async with running(domain.settings(nats_url=f"nats://{way.address}")) as slow:
+            await within(slow.leader.leading.wait())
+            async with (
+                running(domain.settings()) as other,
+                Demux.connect(domain.nats_url, POOL, prefix=domain.prefix) as demux,
+            ):
+                with capture_logs() as logs:
+                    way.delay = 0.45  # 1.8 s until it has its own answer; `L/2` is 1.5 s
+                    await within(other.leader.leading.wait(), 30)
+                lost = [log["reason"] for log in logs if log["event"] == "lead_lost"]
+                assert len(lost) == 1, logs
+                assert "come back too late" in lost[0]
+                way.delay = 0.0
+                await eventually(lambda: demux.synced)
+    finally:
+        await way.stop()
+
+
 async def test_an_agent_that_nats_does_not_carry_leaves_the_lead_alone(domain: Domain) -> None:
     """It could only give it up again; each change of leader costs everybody a lease (R7)."""
     async with proxy(domain.nats_url) as way, running(domain.settings()) as leading:
