@@ -59,8 +59,6 @@ LOOK_SECONDS = 0.5
 HEALING_SECONDS = 14.0 + ALLOCATION * 1.02 + USAGE_LAG + 15.0
 """The longest freeze, then the longest hold, then what a scan and a claim take."""
 HEALED_LOOK_SECONDS = 0.5
-QUIET_SECONDS = 1.0
-"""For so long all must be well before the judgement."""
 WAIT_MOST = 2.5
 """An allocation waits two seconds at most."""
 COUNT_SECONDS = 2.0
@@ -849,7 +847,8 @@ class World:
     async def _until_healed(self, most: float) -> None:
         """Until all that the judgement demands has held for a while, at most so many seconds."""
         deadline, quiet_since = self.loop.time() + most, float("inf")
-        while (now := self.loop.time()) < deadline and now - quiet_since < QUIET_SECONDS:
+        quiet = max(self.profile.livenesses)  # for so long: a pod that nobody answers is suspect by then
+        while (now := self.loop.time()) < deadline and now - quiet_since < quiet:
             healed = not self._unsettled() and not any(True for _ in self._faults())
             quiet_since = min(quiet_since, now) if healed else float("inf")
             await self._until_failed(HEALED_LOOK_SECONDS)
@@ -860,7 +859,7 @@ class World:
         return (
             len(self.pods) < self.numbers[0]
             or len(self.agents) < self.numbers[1]
-            or any(pod.closing or not pod.at_work or not self._is_answered(pod) for pod in self.pods)
+            or any(pod.closing or not pod.at_work for pod in self.pods)
             or any(agent.settings is not self.settings for agent in self.agents)
             or any(machine.node.stopped for machine in self._machines())
             or not all(connection.connected for connection in self.network.connections)
@@ -869,12 +868,6 @@ class World:
             or (self._restore is not None and not self._restore.done())
             or (restored is not None and restored.open)
         )
-
-    @staticmethod
-    def _is_answered(pod: PodActor) -> bool:
-        """Whether its renewals are answered: else it may be suspect soon, though it is not yet."""
-        life = pod.drsm._session.life
-        return life is not None and life.leases.liveness_until - pod.machine.now() > LIVENESS / 4
 
     async def _until_demuxes_agree(self) -> None:
         """Pods go on working: an event may be under way at any one moment, but not for long."""
