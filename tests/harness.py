@@ -16,6 +16,7 @@ from pymongo import AsyncMongoClient
 
 from drsm_agent import settings
 from drsm_agent.service import Agent, running
+from drsm_sdk import Demux
 from drsm_sdk.wire import codec
 from drsm_sdk.wire import messages as m
 from drsm_sdk.wire.subjects import Subjects
@@ -188,12 +189,30 @@ async def renewing(asking: Requester, *pods: tuple[str, int]) -> AsyncIterator[N
         await asyncio.wait([task])
 
 
+async def demuxes_equal_mongodb(domain: Domain, *demuxes: Demux) -> None:
+    """Wait until each is synced and has MongoDB's table, chunk for chunk. It is read each time anew: pods
+    go on taking chunks, as their stock grows with their rate."""
+    async with asyncio.timeout(SEEN_SECONDS):
+        while True:
+            table = await mongo_table(domain)
+            if all(demux.synced and routed(demux) == table for demux in demuxes):
+                return
+
+
+def routed(demux: Demux) -> dict[int, tuple[str, int]]:
+    """Whom a demux takes for the owner of which chunk."""
+    return {n: owner.key for n, owner in demux.chunks().items()}
+
+
 async def mongo_table(domain: Domain, pool: str = POOL) -> dict[int, tuple[str, int]]:
-    """Who owns which chunk, read from MongoDB itself."""
+    """Who owns which chunk, read from MongoDB itself; incarnation 0 is a Go pod."""
     async with mongo_client(domain) as client:
         chunks = client[domain.database][pool].find({"type": "chunk"})
         return {
-            int(chunk["_id"].removeprefix("chunkid-")): (chunk["podId"], int(chunk["drsm"]["incarnation"]))
+            int(chunk["_id"].removeprefix("chunkid-")): (
+                chunk["podId"],
+                int(chunk.get("drsm", {}).get("incarnation", 0)),
+            )
             async for chunk in chunks
         }
 

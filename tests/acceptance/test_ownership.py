@@ -17,7 +17,17 @@ from drsm_agent.demo.process import PodProcess
 from drsm_sdk import Demux, Drsm, Pod
 from drsm_sdk.wire import messages as m
 from tests.acceptance.test_original_list import demux_of, pod, pod_process
-from tests.harness import POOL, Domain, Requester, eventually, mongo_client, mongo_table, renewing, within
+from tests.harness import (
+    POOL,
+    Domain,
+    Requester,
+    demuxes_equal_mongodb,
+    eventually,
+    mongo_client,
+    mongo_table,
+    renewing,
+    within,
+)
 
 SMALL_CHUNKS = {"pools": [{"name": POOL, "slots": 10, "usage_lag_ms": 0}]}
 SHORT = {"allocation_ttl": 3.5, "pools": [{"name": POOL, "bits": 14, "usage_lag_ms": 0}]}
@@ -90,8 +100,7 @@ async def test_one_of_fifty_is_killed_and_each_of_its_chunks_is_claimed_once_and
         assert len(orphans) >= 100
         assert len(before) >= 1000
         await within(watching.gather(orphans), PODS_AT_ONCE_SECONDS)
-        after = await mongo_table(domain)
-        await eventually(lambda: all(table_of(demux) == after for demux in demuxes))
+        await demuxes_equal_mongodb(domain, *demuxes)
         await watching.settle()
         assert {n: len(watching.owners[n]) for n in orphans} == dict.fromkeys(orphans, 1)
         gained = Counter(watching.owners[n][0] for n in orphans)
@@ -101,10 +110,6 @@ async def test_one_of_fifty_is_killed_and_each_of_its_chunks_is_claimed_once_and
         assert [client.incarnation for client in clients] == incarnations
         assert all(client.state == "live" for client in clients)
         assert all(pool.allocate_nowait() for pool in pools)
-
-
-def table_of(demux: Demux) -> dict[int, tuple[str, int]]:
-    return {n: owner.key for n, owner in demux.chunks().items()}
 
 
 async def test_a_pod_that_was_stopped_beyond_its_lease_never_issues_an_id_again_that_another_has(

@@ -33,6 +33,7 @@ from tests.harness import (
     Domain,
     Failed,
     Requester,
+    demuxes_equal_mongodb,
     eventually,
     mongo_client,
     requester,
@@ -47,15 +48,6 @@ DEADLINE_SECONDS = 9.0
 LEADING_SECONDS = 10.0
 """`T`: a leader goes on for nearly so long without MongoDB, longer than an operation's 5 s."""
 GROWTH_MIB = 10.0
-
-
-async def demux_equals_mongodb(domain: Domain, demux: Demux) -> None:
-    """Chunk for chunk, Go pods' too."""
-    async with mongo_client(domain) as client:
-        chunks = client[domain.database][POOL].find({"type": "chunk"})
-        table = {int(chunk["_id"].removeprefix("chunkid-")): chunk["podId"] async for chunk in chunks}
-    assert table
-    await eventually(lambda: demux.synced and {n: pod.name for n, pod in demux.chunks().items()} == table)
 
 
 # --- Gone as a whole --------------------------------------------------------------------------------------
@@ -101,7 +93,7 @@ async def test_while_mongodb_is_gone_stock_is_issued_and_requests_hear_so_and_no
         ids = [await pool.allocate(timeout=SEEN_SECONDS) for _ in range(3000)]  # somebody leads after `T`
         assert len(set(ids)) == 3000
         assert drsm.incarnation == incarnation
-        await demux_equals_mongodb(domain, demux)
+        await demuxes_equal_mongodb(domain, demux)
 
 
 async def _issue(pool: Pool, demux: Demux) -> int:
@@ -249,7 +241,7 @@ async def test_an_oplog_that_rolled_over_while_the_agent_was_away_is_told_by_a_r
 async def _told(domain: Domain, asking: Requester, demux: Demux, histories: set[str]) -> None:
     await asking.seen(lambda: {head.history for head, _ in asking.events} - histories)
     assert len(asking.of(m.Reset)) >= 2
-    await demux_equals_mongodb(domain, demux)
+    await demuxes_equal_mongodb(domain, demux)
     assert demux.chunks()[7].name == "go-1"
 
 

@@ -14,7 +14,14 @@ from drsm_sdk import Demux, Drsm, Pod
 from drsm_sdk.wire import messages as m
 from tests.acceptance.test_original_list import pod_process
 from tests.fault.world import start_cluster
-from tests.harness import POOL, Domain, eventually, mongo_client, mongo_table, requester, within
+from tests.harness import (
+    POOL,
+    Domain,
+    demuxes_equal_mongodb,
+    mongo_client,
+    requester,
+    within,
+)
 from tests.integration.test_start import agent_process
 
 log = logging.getLogger("tests")
@@ -56,8 +63,7 @@ async def test_a_snapshot_is_of_one_version_while_all_chunks_change_their_owner(
             versions.add(pages[0].version)
         assert len(versions) > 1
         await joining
-        table = await mongo_table(domain)
-        await eventually(lambda: all(_routed(demux) == table and demux.synced for demux in demuxes))
+        await demuxes_equal_mongodb(domain, *demuxes)
 
 
 async def test_demuxes_that_lost_their_server_all_at_once_do_not_keep_the_agent_from_its_pods(
@@ -96,7 +102,3 @@ async def test_demuxes_that_lost_their_server_all_at_once_do_not_keep_the_agent_
 async def _all_know(demuxes: list[Demux], missed: int) -> None:
     while not all(demux.synced and missed in demux.chunks() for demux in demuxes):
         await asyncio.sleep(0.05)
-
-
-def _routed(demux: Demux) -> dict[int, tuple[str, int]]:
-    return {n: owner.key for n, owner in demux.chunks().items()}

@@ -36,9 +36,9 @@ from tests.harness import (
     Domain,
     Failed,
     Requester,
+    demuxes_equal_mongodb,
     eventually,
     mongo_client,
-    mongo_table,
     requester,
     within,
 )
@@ -109,15 +109,6 @@ class Served:
     def histories(self) -> set[str]:
         return {head.history for head, _ in self.asking.events}
 
-    async def demux_equals_mongodb(self) -> None:
-        table = await mongo_table(self.domain)
-        await eventually(
-            lambda: (
-                self.demux.synced
-                and {n: (pod.name, pod.incarnation) for n, pod in self.demux.chunks().items()} == table
-            )
-        )
-
 
 @asynccontextmanager
 async def served(domain: Domain) -> AsyncIterator[Served]:
@@ -147,7 +138,7 @@ async def test_an_interrupted_stream_goes_on_in_the_same_history(
         async with failing(domain, ["getMore"], {"times": 1}, **fault):
             await eventually(lambda: ends(w.agent) == {("interrupted", code): 1})
         await w.acquire("amf-2")
-        await w.demux_equals_mongodb()
+        await demuxes_equal_mongodb(w.domain, w.demux)
         assert len(w.histories) == 1
 
 
@@ -165,7 +156,7 @@ async def test_a_cursor_that_an_operator_killed_is_opened_again(domain: Domain) 
                     await client[domain.database].command("killCursors", "$cmd.aggregate", cursors=[cursor])
         assert {end for end, _ in ends(w.agent)} == {"interrupted"}
         await w.acquire("amf-2")
-        await w.demux_equals_mongodb()
+        await demuxes_equal_mongodb(w.domain, w.demux)
         assert len(w.histories) == 1
 
 
@@ -183,7 +174,7 @@ async def test_a_dead_position_is_answered_by_a_new_history(domain: Domain, code
         (lost,) = [log for log in logs if log["event"] == "position_lost"]
         assert (lost["end"], lost["code"], lost["action"]) == (POSITION_DEAD, code, "reading everything anew")
         await w.acquire("amf-2")
-        await w.demux_equals_mongodb()
+        await demuxes_equal_mongodb(w.domain, w.demux)
         assert len(w.histories) == 2
 
 
@@ -204,7 +195,7 @@ async def test_documents_that_are_dropped_under_the_agent_are_counted_as_that(
         await w.asking.seen(lambda: len(w.histories) >= 2)
         await eventually(w.agent.leader.leading.is_set)
         assert {end for end, _ in ends(w.agent)} == {DROPPED}
-        await w.demux_equals_mongodb()
+        await demuxes_equal_mongodb(w.domain, w.demux)
 
 
 async def test_after_a_drop_another_end_does_not_make_chunks_look_free(domain: Domain) -> None:
