@@ -54,6 +54,8 @@ class Endpoints:
         self._metrics = metrics
         self._requests: Requests | None = None
         self._in_flight = 0
+        self._overloaded = False
+        """From the first request that was turned away until half as many are under way."""
 
     def open(self, requests: Requests) -> None:
         """From now on requests are answered."""
@@ -67,11 +69,10 @@ class Endpoints:
         if self._subjects.ours(incoming.reply):
             return  # a client must not have us speak among the events, nor ask ourselves
         if self._in_flight >= IN_FLIGHT_MAX:
-            overloaded = Refused(
-                "store_unavailable", "too many requests at once", reason="overloaded", retry=True
-            )
-            await self._refuse(incoming, route, overloaded)
+            await self._turn_away(incoming, route)
             return
+        if self._in_flight < IN_FLIGHT_MAX // 2:
+            self._overloaded = False
         serving = self._serve(incoming, route)
         try:
             self._tasks.create_task(serving)
@@ -79,6 +80,18 @@ class Endpoints:
             serving.close()
         else:
             self._in_flight += 1
+
+    async def _turn_away(self, incoming: Incoming, route: Route) -> None:
+        if not self._overloaded:
+            self._overloaded = True
+            log.warning(
+                "overloaded",
+                in_flight=self._in_flight,
+                action="requests are told to come back: look at MongoDB's latency and who asks so much",
+            )
+        self._metrics.requests.labels(verb=route.verb, outcome="overloaded").inc()
+        error = Refused("store_unavailable", "too many requests at once", reason="overloaded", retry=True)
+        await self._refuse(incoming, route, error)
 
     async def _serve(self, incoming: Incoming, route: Route) -> None:
         started = time.perf_counter()

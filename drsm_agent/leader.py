@@ -116,7 +116,7 @@ class Leader:
                 if self.leading.is_set():
                     self._led_at = self._parts.clock()
                 self.leading.clear()
-                self._parts.metrics.leading.set(0)
+                self._parts.metrics.lead_over()
                 mine = self._election.mine
                 self._election.lost()
                 if mine:

@@ -45,13 +45,17 @@ class Metrics:
         self.deaths = Counter("drsm_deaths", "Sessions ended, by reason", ["reason"], registry=r)
         self.sessions = Gauge("drsm_sessions", "Sessions that live", registry=r)
         self.chunks = Gauge("drsm_chunks", "Owned chunks", ["pool"], registry=r)
+        self.usable = Gauge("drsm_chunks_usable", "Chunks that there are to own", ["pool"], registry=r)
         self.orphans = Gauge("drsm_orphans", "Chunks whose owner is dead", ["pool"], registry=r)
         self.marked = Gauge("drsm_marked", "Claimed chunks that are not scanned yet", ["pool"], registry=r)
         self.marked_overdue = Gauge(
-            "drsm_marked_overdue", "Of these, marked longer than hold and scan take", ["pool"], registry=r
+            "drsm_marked_overdue", "Of these, marked a minute longer than their hold", ["pool"], registry=r
         )
         self.only_allocating = Gauge(
-            "drsm_pods_only_allocating", "Pods that never released an id", ["pool"], registry=r
+            "drsm_pods_only_allocating",
+            "Pods that issued three chunks of ids, and never released one",
+            ["pool"],
+            registry=r,
         )
         self.stream_staleness = Gauge(
             "drsm_stream_staleness_seconds", "Since the change stream last said something", registry=r
@@ -61,5 +65,20 @@ class Metrics:
         )
         for gauge in (self.stream_staleness, self.position_standstill):
             gauge.set(inf)  # until the first batch: an agent that waits for MongoDB is not fresh
-        self.bus_errors = Gauge("drsm_nats_errors", "Errors reported by the NATS connection", registry=r)
-        self.bus_reconnects = Gauge("drsm_nats_reconnects", "Reconnects to NATS", registry=r)
+        self.bus_errors = Counter("drsm_nats_errors", "Errors reported by the NATS connection", registry=r)
+        self.bus_reconnects = Counter("drsm_nats_reconnects", "Reconnects to NATS", registry=r)
+
+    def lead_over(self) -> None:
+        """What only a leader knows is not said any more: another agent says it, and this one's would stay as
+        it was for ever. (A gauge without labels cannot be taken back: nobody lives here.)"""
+        self.leading.set(0)
+        self.sessions.set(0)
+        for gauge in (
+            self.chunks,
+            self.usable,
+            self.orphans,
+            self.marked,
+            self.marked_overdue,
+            self.only_allocating,
+        ):
+            gauge.clear()

@@ -257,6 +257,7 @@ class Reaper:
         self._metrics.sessions.set(sum(s.state == LIVE for s in self._table.sessions.values()))
         for pool in self._table.pools.values():
             self._metrics.chunks.labels(pool=pool.name).set(len(pool.chunks))
+            self._metrics.usable.labels(pool=pool.name).set(self._definitions[pool.name].usable)
             self._metrics.orphans.labels(pool=pool.name).set(sum(1 for _ in pool.orphans()))
             self._metrics.marked.labels(pool=pool.name).set(len(pool.marked))
 

@@ -78,6 +78,7 @@ class Agent:
         self._leader_ttl = settings.leases.leader
         self.http_port = 0
         self.task: asyncio.Task[None] | None = None
+        self._reconnects = self._errors = 0  # as counted
 
     async def ended(self) -> None:
         """Returns when the agent has ended by itself, which it never should."""
@@ -92,11 +93,12 @@ class Agent:
             tasks.create_task(self._end_with_bus(), name="bus")
 
     def measure(self) -> None:
-        """Bring the gauges up to date that nothing else does."""
+        """Bring up to date what nothing else counts."""
         self.metrics.stream_staleness.set(self.feed.staleness())
         self.metrics.position_standstill.set(self.feed.standstill())
-        self.metrics.bus_reconnects.set(self._bus.reconnects)
-        self.metrics.bus_errors.set(self._bus.errors)
+        self.metrics.bus_reconnects.inc(self._bus.reconnects - self._reconnects)
+        self.metrics.bus_errors.inc(self._bus.errors - self._errors)
+        self._reconnects, self._errors = self._bus.reconnects, self._bus.errors
 
     def unready(self) -> list[str]:
         """What keeps this agent from being ready; empty when it is."""

@@ -11,6 +11,9 @@ one connection, so when it is back the server has everything before it.
 
 Its read loop ends, and says nothing, at a message whose subject, reply subject or headers it cannot read;
 anybody can send one. Such messages are dropped here.
+
+It encrypts only what the server asks it to encrypt, whatever its caller asked for. Here a server that does
+not offer TLS gets nothing, credentials least of all, when TLS was asked for.
 """
 
 import asyncio
@@ -48,7 +51,22 @@ log = structlog.get_logger("drsm_agent.bus")
 
 
 class _Client(Client):
-    """Goes on reading after a message that cannot be read, and sends nothing of a lost connection later."""
+    """Goes on reading after a message that cannot be read, sends nothing of a lost connection later, and
+    nothing at all in clear text where TLS was asked for."""
+
+    def __init__(self, tls: bool) -> None:
+        super().__init__()
+        self._tls = tls
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        server = self._current_server
+        encrypted = info.get("tls_required") or (server is not None and server.uri.scheme == "wss")
+        if self._tls and initial_connection and not encrypted:
+            raise NatsError(
+                "expected a server that requires TLS, found one that does not; "
+                "enable TLS on the server, or take DRSM_NATS_TLS_* and tls:// away"
+            )
+        await super()._process_info(info, initial_connection)
 
     def abandon(self) -> None:
         """Let go of the connection and of all that it has not sent. In good order it would be closed only
@@ -95,6 +113,7 @@ class NatsBus:
         self._denied: dict[str, str] = {}
         """By subject, its words when it refused a subscription, until it takes it."""
         self._said: set[str] = set()
+        self._last_error = ""
         self._events: set[str] = set()
         self._inbox = ""
         self._answers: dict[str, asyncio.Future[bytes]] = {}
@@ -104,14 +123,15 @@ class NatsBus:
     @classmethod
     async def connect(cls, url: str, *, name: str, timeout: float, **options: Any) -> "NatsBus":
         """Connect within `timeout` seconds, trying again meanwhile. Raises BusUnavailable, Misconfigured."""
-        bus = cls(_Client())
+        bus = cls(_Client(tls="tls" in options or "tls://" in url))
         try:
             async with asyncio.timeout(timeout):
                 await bus._connect(url, name, options)
         except TimeoutError:
+            found = f" (the last try: {bus._last_error})" if bus._last_error else ""
             raise BusUnavailable(
-                f"no NATS server answered at {_shown(url)} within {timeout:g} s; "
-                f"check DRSM_NATS_URL and that the server runs"
+                f"no NATS server took the connection at {_shown(url)} within {timeout:g} s{found}; "
+                f"check DRSM_NATS_URL, credentials and TLS settings, and that the server runs"
             ) from None
         except (NatsError, OSError, ValueError) as error:
             raise Misconfigured(
@@ -285,6 +305,7 @@ class NatsBus:
         self.errors += 1
         said = str(error) or type(error).__name__
         kind, subject = _parts(said)
+        self._last_error = said
         if kind not in self._said:  # nats-py repeats it with every try, and with every subject
             log.warning("nats_error", error=said)
         self._said.add(kind)

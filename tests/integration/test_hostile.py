@@ -19,6 +19,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from nats.errors import NoRespondersError
 from nats.errors import TimeoutError as NatsTimeout
+from structlog.testing import capture_logs
 
 from drsm_agent import endpoints
 from drsm_agent.embedded import Scratch, start_nats_server
@@ -592,15 +593,22 @@ async def test_any_message_to_any_subject_gets_a_typed_answer(domain: Domain) ->
 async def test_more_requests_at_once_than_the_bound_are_told_to_come_back(
     domain: Domain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before anything is done for them, and with `retry`; afterwards they are served."""
-    async with domain.served() as asking:
-        with monkeypatch.context() as bounded:
-            bounded.setattr(endpoints, "IN_FLIGHT_MAX", 0)
-            with pytest.raises(Failed) as refused:
-                await asking.open("amf-1")
-        failure = refused.value.failure
-        assert (failure.error, failure.reason, failure.retry) == ("store_unavailable", "overloaded", True)
-        assert (await asking.open("amf-1")).incarnation
+    """Before anything is done for them, and with `retry`; afterwards they are served. The operator is told,
+    once for each time that it lasts."""
+    turned_away = {"verb": "session.open", "outcome": "overloaded"}
+    async with requester(domain.nats_url, domain.prefix) as asking, domain.agent() as agent:
+        for before in (0, 2):
+            with monkeypatch.context() as bounded, capture_logs() as logs:
+                bounded.setattr(endpoints, "IN_FLIGHT_MAX", 0)
+                for name in ("amf-1", "amf-2"):
+                    with pytest.raises(Failed) as refused:
+                        await asking.open(name)
+            failure = refused.value.failure
+            assert (failure.error, failure.reason, failure.retry) == ("store_unavailable", "overloaded", True)
+            counted = agent.metrics.registry.get_sample_value("drsm_requests_total", turned_away)
+            assert counted == before + 2
+            assert [log["log_level"] for log in logs if log["event"] == "overloaded"] == ["warning"]
+            assert (await asking.open(f"amf-{before}")).incarnation
 
 
 # --- Floods ---------------------------------------------------------------------------------------

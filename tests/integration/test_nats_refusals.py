@@ -5,6 +5,7 @@ import logging
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,19 @@ limited: Any = {"user": "limited", "password": "secret"}
 
 
 async def test_an_agent_that_may_not_hear_requests_leaves_the_lead_and_says_why(domain: Domain) -> None:
-    """Taken from it while it leads; given back, it leads again."""
+    """Taken from it while it leads; given back, it leads again. Meanwhile its metrics say nothing of chunks,
+    which are another's to count: what it knew last would be an alarm for ever."""
     async with guarded(domain, EVERYTHING) as nats:
         settings = nats.domain.settings(nats_user="limited", nats_password="secret")
         async with running(settings) as agent:
+            measured = partial(agent.metrics.registry.get_sample_value, labels={"pool": POOL})
             await within(agent.leader.leading.wait())
+            await eventually(lambda: measured("drsm_orphans") == 0)
+            assert measured("drsm_chunks_usable") == 2**14
             nats.allow(NO_REQUESTS_HEARD)
             await eventually(lambda: not agent.leader.leading.is_set())
+            await eventually(lambda: measured("drsm_orphans") is None)
+            assert measured("drsm_chunks_usable") is None
             await eventually(lambda: any("permissions violation" in why.lower() for why in agent.unready()))
             nats.allow(EVERYTHING)
             await within(agent.leader.leading.wait())

@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import signal
-import ssl
 from collections.abc import AsyncIterator
 from functools import partial
 
@@ -103,30 +102,6 @@ async def test_wrong_credentials_are_told_at_the_deadline(scratch: Scratch) -> N
     with pytest.raises(NotConnected, match="Authorization Violation"):
         await transport.connect(1.0)
     await transport.close()
-
-
-async def test_nothing_is_sent_in_clear_text_when_tls_was_asked_for() -> None:
-    """A server, or somebody between, that offers none: credentials must not reach it."""
-    received = bytearray()
-    asked = asyncio.Event()
-
-    async def plaintext(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        info = b'{"server_id":"x","version":"2.11.0","max_payload":1048576,"auth_required":true}'
-        writer.write(b"INFO " + info + b"\r\n")
-        asked.set()
-        received.extend(await reader.read())
-        writer.close()
-
-    listener = await asyncio.start_server(plaintext, "127.0.0.1", 0)
-    port = listener.sockets[0].getsockname()[1]
-    options = {"tls": ssl.create_default_context(), "user": "a", "password": "secret"}
-    transport = NatsTransport(f"nats://127.0.0.1:{port}", options=options)
-    with pytest.raises(NotConnected, match="requires TLS"):
-        await transport.connect(0.5)
-    await transport.close()
-    assert asked.is_set()
-    assert bytes(received) == b""
-    listener.close()
 
 
 async def test_a_failing_callback_does_not_end_the_others(server: NatsServer) -> None:

@@ -1,0 +1,117 @@
+"""NATS with TLS: agent and SDK with their own certificates, and servers that are not what was asked for."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from drsm_agent import service
+from drsm_agent.bus.nats_bus import NatsBus
+from drsm_agent.embedded import Scratch, start_nats_server
+from drsm_agent.errors import BusUnavailable
+from drsm_sdk import Drsm, Pod
+from drsm_sdk.nats_transport import NatsTransport
+from drsm_sdk.transport import NotConnected
+from tests.harness import POOL, Domain
+
+TLS = """
+tls {{ cert_file: "{0}/server.pem", key_file: "{0}/server.key", ca_file: "{0}/ca.pem", verify: true }}
+"""
+CONNECTED_SECONDS = 1.0
+"""How long a connection is tried that must not come about."""
+
+
+@dataclass(frozen=True)
+class Secured:
+    """A server that takes only who shows a certificate of its authority."""
+
+    domain: Domain
+    home: Path
+
+    @property
+    def agent(self) -> dict[str, Any]:
+        return {
+            "nats_tls_ca": self.home / "ca.pem",
+            "nats_tls_certificate": self.home / "client.pem",
+            "nats_tls_key": self.home / "client.key",
+        }
+
+    @property
+    def context(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=self.home / "ca.pem")
+        context.load_cert_chain(self.home / "client.pem", self.home / "client.key")
+        return context
+
+
+@asynccontextmanager
+async def secured(domain: Domain, home: Path) -> AsyncIterator[Secured]:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(home / "ca.pem")
+    for name in ("server", "client"):
+        issued = authority.issue_cert("127.0.0.1")
+        issued.cert_chain_pems[0].write_to_path(home / f"{name}.pem")
+        issued.private_key_pem.write_to_path(home / f"{name}.key")
+    async with Scratch() as scratch:
+        nats = await start_nats_server(scratch, config=TLS.format(home))
+        yield Secured(Domain(domain.mongo_url, nats.url, domain.database, domain.prefix), home)
+
+
+async def test_agent_and_pod_work_over_tls_with_certificates(domain: Domain, tmp_path: Path) -> None:
+    async with secured(domain, tmp_path) as it, it.domain.agent(**it.agent):
+        pod = Pod("amf-1", "10.0.0.1", "i")
+        async with Drsm.connect(it.domain.nats_url, pod, prefix=domain.prefix, tls=it.context) as drsm:
+            assert await (await drsm.join(POOL)).allocate(timeout=5)
+
+
+async def test_an_agent_that_does_not_know_the_servers_authority_does_not_connect(
+    domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "CONNECT_TIMEOUT", CONNECTED_SECONDS)
+    async with secured(domain, tmp_path) as it:
+        trustme.CA().cert_pem.write_to_path(tmp_path / "ca.pem")
+        with pytest.raises(BusUnavailable, match="certificate"):
+            async with service.running(it.domain.settings(**it.agent)):
+                pass
+
+
+@asynccontextmanager
+async def plaintext() -> AsyncIterator[tuple[str, bytearray, asyncio.Event]]:
+    """A server, or somebody between, without TLS: its address, what it was sent, whether it was asked."""
+    received, asked = bytearray(), asyncio.Event()
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        info = b'{"server_id":"x","version":"2.11.0","max_payload":1048576,"auth_required":true}'
+        writer.write(b"INFO " + info + b"\r\n")
+        asked.set()
+        received.extend(await reader.read())
+        writer.close()
+
+    async with await asyncio.start_server(converse, "127.0.0.1", 0) as listener:
+        yield f"127.0.0.1:{listener.sockets[0].getsockname()[1]}", received, asked
+
+
+@pytest.mark.parametrize("side", ["agent", "sdk"])
+@pytest.mark.parametrize("asked_by", ["context", "url"])
+async def test_nothing_is_sent_in_clear_text_when_tls_was_asked_for(side: str, asked_by: str) -> None:
+    """Credentials least of all."""
+    options: dict[str, Any] = {"user": "a", "password": "secret"}
+    if asked_by == "context":
+        options["tls"] = ssl.create_default_context()
+    async with plaintext() as (address, received, asked):
+        url = f"{'tls' if asked_by == 'url' else 'nats'}://{address}"
+        if side == "agent":
+            with pytest.raises(BusUnavailable, match="requires TLS"):
+                await NatsBus.connect(url, name="agent", timeout=CONNECTED_SECONDS, **options)
+        else:
+            transport = NatsTransport(url, options=options)
+            with pytest.raises(NotConnected, match="requires TLS"):
+                await transport.connect(CONNECTED_SECONDS)
+            await transport.close()
+        assert asked.is_set()
+        assert bytes(received) == b""
