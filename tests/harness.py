@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.errors import NoRespondersError
+from nats.errors import TimeoutError as NatsTimeout
 from pymongo import AsyncMongoClient
 
 from drsm_agent import settings
@@ -25,6 +27,8 @@ T = TypeVar("T")
 POOL = "amfid"
 SEEN_SECONDS = 20.0
 """How long a test waits for what must happen; a bound against hanging, not a measurement."""
+TRY_SECONDS = 5.0
+"""How long one request of a test waits for its answer, before it is sent again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,25 +105,54 @@ class Requester:
         self.raw: list[Msg] = []
         self._news = asyncio.Event()
 
-    async def ask(self, subject: str, message: Any, kind: type[T], timeout: float = 5.0) -> T:
-        """The answer as a message of `kind`; raises Failed for an error answer."""
-        reply = await self.client.request(subject, codec.encode(codec.to_map(message)), timeout=timeout)
+    async def ask(self, subject: str, message: Any, kind: type[T], timeout: float | None = None) -> T:
+        """The answer as a message of `kind`; raises Failed for an error answer. Without `timeout` it asks as
+        every client must, again while there is no answer: when the lead changes nobody gives one."""
+        data = codec.encode(codec.to_map(message))
+        if timeout is not None:
+            return self._answer(await self.client.request(subject, data, timeout=timeout), kind)
+        async with asyncio.timeout(SEEN_SECONDS):
+            while True:
+                try:
+                    return self._answer(await self.client.request(subject, data, timeout=TRY_SECONDS), kind)
+                except NatsTimeout:
+                    pass
+                except NoRespondersError:
+                    await asyncio.sleep(0.05)
+
+    @staticmethod
+    def _answer(reply: Msg, kind: type[T]) -> T:
         if reply.headers and m.ERROR_HEADER in reply.headers:
             raise Failed(codec.unpack(m.Failure, reply.data), reply)
         return codec.unpack(kind, reply.data)
 
-    async def open(self, name: str, *, request_id: str = "", pools: tuple[str, ...] = (POOL,)) -> m.Opened:
+    async def open(
+        self,
+        name: str,
+        *,
+        request_id: str = "",
+        pools: tuple[str, ...] = (POOL,),
+        timeout: float | None = None,
+    ) -> m.Opened:
         request = m.Open(m.PodRef(name, "10.0.0.1", "i"), pools, request_id or f"open-{name}")
-        return await self.ask(self.subjects.session("open"), request, m.Opened)
+        return await self.ask(self.subjects.session("open"), request, m.Opened, timeout)
 
-    async def renew(self, name: str, incarnation: int) -> m.Renewed:
-        return await self.ask(self.subjects.session("renew"), m.Renew(name, incarnation), m.Renewed)
+    async def renew(self, name: str, incarnation: int, *, timeout: float | None = None) -> m.Renewed:
+        request = m.Renew(name, incarnation)
+        return await self.ask(self.subjects.session("renew"), request, m.Renewed, timeout)
 
     async def acquire(
-        self, name: str, incarnation: int, count: int = 1, request_id: str = "a", pool: str = POOL
+        self,
+        name: str,
+        incarnation: int,
+        count: int = 1,
+        request_id: str = "a",
+        pool: str = POOL,
+        *,
+        timeout: float | None = None,
     ) -> m.Acquired:
         request = m.Acquire(name, incarnation, count, request_id)
-        return await self.ask(self.subjects.pool(pool, "acquire"), request, m.Acquired)
+        return await self.ask(self.subjects.pool(pool, "acquire"), request, m.Acquired, timeout)
 
     async def snapshot(self, pool: str = POOL) -> list[m.SnapshotPage]:
         """All pages of a snapshot, the empty message at its end awaited."""

@@ -308,6 +308,7 @@ async def seen(found: Callable[[], re.Match[str] | None], name: str, pattern: st
     return match[0]
 
 
+@pytest.mark.timeout(300)
 async def test_the_containers_of_the_compose_file_work_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each service's command line, as it stands: three mongods become a replica set, agents get ready, pods
     allocate, the demux follows, a killed pod's chunks are claimed; and everything ends with 0 on SIGTERM."""

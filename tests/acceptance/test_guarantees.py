@@ -16,7 +16,17 @@ from drsm_sdk import Demux
 from drsm_sdk.wire import codec
 from drsm_sdk.wire import messages as m
 from drsm_sdk.wire.subjects import Subjects
-from tests.harness import POOL, Domain, Failed, Requester, mongo_client, mongo_table, requester, within
+from tests.harness import (
+    POOL,
+    SEEN_SECONDS,
+    Domain,
+    Failed,
+    Requester,
+    mongo_client,
+    mongo_table,
+    requester,
+    within,
+)
 
 PODS, ACQUIRES = 30, 10
 
@@ -47,7 +57,8 @@ async def test_no_reply_precedes_the_event_that_names_the_owner(
         recorded.append(message)
         answered.set()
 
-    async with requester(domain.nats_url, domain.prefix) as asking, domain.agent():
+    patient = {"leader_ttl": 20.0, "liveness_ttl": 20.0}  # nobody renews
+    async with requester(domain.nats_url, domain.prefix) as asking, domain.agent(**patient):
         await client.subscribe(f"{domain.prefix}.>", cb=record)
         await client.flush()
         pods = [(f"amf-{i}", (await asking.open(f"amf-{i}")).incarnation) for i in range(PODS)]
@@ -163,13 +174,16 @@ async def test_a_thousand_pods_that_start_at_once_are_served_in_a_few_round_trip
     domain: Domain,
 ) -> None:
     """Requests of one moment share one bulk write: sessions, first requests and chunks."""
-    async with domain.served() as asking:
+    async with domain.served(leader_ttl=20.0, liveness_ttl=20.0) as asking:  # all in this one process
         before = await mongo_commands(domain)
         names = [f"amf-{i}" for i in range(1000)]
-        opened = await asyncio.gather(*[asking.open(name) for name in names])
+        opened = await asyncio.gather(*[asking.open(name, timeout=SEEN_SECONDS) for name in names])
         incarnations = {answer.incarnation for answer in opened}
         acquired = await asyncio.gather(
-            *[asking.acquire(n, o.incarnation, 1, n) for n, o in zip(names, opened, strict=True)]
+            *[
+                asking.acquire(n, o.incarnation, 1, n, timeout=SEEN_SECONDS)
+                for n, o in zip(names, opened, strict=True)
+            ]
         )
         after = await mongo_commands(domain)
         assert len(incarnations) == 1000

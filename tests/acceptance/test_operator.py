@@ -286,7 +286,7 @@ async def test_decode_turns_a_message_into_text(domain: Domain) -> None:
     [("pools",), ("pods",), ("chunks",), ("orphans",), ("owner", POOL, "1"), ("pools", "show", POOL)],
 )
 async def test_without_an_agent_every_question_says_so(domain: Domain, command: tuple[str, ...]) -> None:
-    result = await drsm(domain, *command, "--timeout", "0.5")
+    result = await drsm(domain, *command, "--timeout", "3")
     assert (result.code, result.out) == (1, "")
     assert result.err == (
         "drsm: no agent leads just now (no responders); "

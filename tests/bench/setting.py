@@ -16,7 +16,7 @@ from nats.errors import TimeoutError as NatsTimeout
 from drsm_agent.embedded import Process, Stack
 from drsm_sdk.wire import messages as m
 from drsm_sdk.wire.subjects import Subjects
-from tests.harness import Domain, Requester
+from tests.harness import TRY_SECONDS, Domain, Requester
 
 LEADS_SECONDS = 30.0
 RUN_AGENT = (sys.executable, "-c", "from drsm_agent.cli import main; main()", "run")
@@ -131,7 +131,7 @@ async def _leads(asking: Requester, agent: Process) -> None:
     async with asyncio.timeout(LEADS_SECONDS):
         while True:
             try:
-                await asking.ask(asking.subjects.pools, m.Empty(), m.Pools)
+                await asking.ask(asking.subjects.pools, m.Empty(), m.Pools, timeout=TRY_SECONDS)
             except (NoRespondersError, NatsTimeout):
                 if agent.returncode is not None:
                     raise RuntimeError(f"the agent ended:\n{agent.log_tail()}") from None

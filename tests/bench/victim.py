@@ -21,6 +21,7 @@ async def own(asking: Requester, name: str, chunks: int) -> int:
     for first in range(0, chunks, ACQUIRE_COUNT_MAX):
         count = min(ACQUIRE_COUNT_MAX, chunks - first)
         await asking.acquire(name, incarnation, count, request_id=f"{name}-{first}")
+        await asking.renew(name, incarnation)
     return incarnation
 
 

@@ -103,7 +103,7 @@ class Stage:
         return said
 
     async def documents(self) -> dict[str, Any]:
-        """All that requests could change; not what the agent writes by itself all the time."""
+        """All that requests could change; not what the agent writes by itself all the time, mirrors too."""
         own = {"drsm_leader", "drsm_stamps", "drsm_position"}
         async with mongo_client(self.domain) as client:
             database = client[self.domain.database]
@@ -113,6 +113,7 @@ class Stage:
             f"{name}/{document['_id']}": {k: v for k, v in document.items() if k != "expireAt"}
             for name, documents in found.items()
             for document in documents
+            if document.get("type") != "keepalive"
         }
 
 
@@ -452,9 +453,9 @@ async def test_the_agent_does_not_speak_where_a_stranger_wants_it_to(domain: Dom
     """Reply subjects among its own events and requests are a stranger's attempt to speak in its name; a
     snapshot whose pages ask for snapshots would never end."""
     async with attacked(domain) as stage:
-        asking, before = stage.asking, stage.agent.metrics.requests
+        asking, count = stage.asking, stage.agent.metrics.requests
         inside = [*every_request(asking.subjects).values(), asking.subjects.event(POOL, "sync")]
-        seen, served = len(asking.raw), _total(before)
+        seen, served = len(asking.raw), _total(count) - _own(count)
         for subject in every_request(asking.subjects).values():
             for reply in inside:
                 for body in (b"\x80", b"\xc1"):
@@ -463,7 +464,17 @@ async def test_the_agent_does_not_speak_where_a_stranger_wants_it_to(domain: Dom
         await asking.seen(lambda: len(asking.raw) > seen)
         heard = [codec.decode(message.data) for message in asking.raw]
         assert all("version" in body and "error" not in body for body in heard)
-        assert _total(before) - served < 20  # the requests of this test's own pods, and of the probe
+        assert _total(count) - _own(count) - served <= 2  # the one request for pools, perhaps sent again
+
+
+def _own(requests: Any) -> float:
+    """Renewals of the test's own pods, and the leader's probes: their number follows the clock."""
+    return sum(
+        float(sample.value)
+        for family in requests.collect()
+        for sample in family.samples
+        if sample.labels.get("verb") in {"session.renew", "probe"}
+    )
 
 
 def _total(metric: Any) -> float:
@@ -541,9 +552,11 @@ async def test_reply_subjects_that_the_agent_may_not_use_cost_one_line_and_nothi
             for i in range(1000):
                 await asking.client.publish(asking.subjects.pools, b"\x80", reply=f"x.evt.{POOL}.{i}")
             assert (await asking.open("amf-1")).incarnation  # an event was flushed meanwhile
+            await eventually(lambda: agent._bus.errors == 1000)
             agent.measure()
+            assert _total(agent.metrics.bus_errors) == 1000
             assert agent.unready() == []
-            assert (_total(agent.metrics.bus_errors), _total(agent.metrics.republished)) == (1000, 0)
+            assert _total(agent.metrics.republished) == 0
             said = capsys.readouterr()
             assert (said.out + said.err).count("nats_error") == 1
 
@@ -690,6 +703,7 @@ async def served_meanwhile(asking: Requester, done: asyncio.Event) -> float:
     return longest
 
 
+@pytest.mark.timeout(300)
 async def test_floods_of_bad_requests_leave_nothing_in_the_agent(domain: Domain) -> None:
     """Memory flat, no line in the log for each, good requests served meanwhile, the lead kept, a clean end,
     exit code 0. (`T` is long: a flood takes seconds where many processes share a processor.)"""

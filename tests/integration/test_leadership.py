@@ -355,7 +355,7 @@ def go_chunk(n: int, owner: str) -> dict[str, Any]:
     return {"_id": key, "type": "chunk", "chunkId": key} | fields
 
 
-TORN = {"leader_ttl": 1.0, "liveness_ttl": 3.0}
+TORN = {"leader_ttl": 2.0, "liveness_ttl": 6.0}
 
 
 async def test_a_leader_that_no_pod_reaches_hands_over_to_a_standby(domain: Domain) -> None:

@@ -151,7 +151,7 @@ async def test_a_server_in_lame_duck_mode_is_left_at_once(make: Make, scratch: S
 async def test_a_server_that_is_the_only_one_is_not_left_before_it_ends(make: Make, scratch: Scratch) -> None:
     """It takes no new connections any more, so whoever left it would be without one for all that time."""
     server = await start_nats_server(
-        scratch, config='lame_duck_grace_period: "2s"\nlame_duck_duration: "30s"\n'
+        scratch, config='lame_duck_grace_period: "10s"\nlame_duck_duration: "30s"\n'
     )
     line = await make([server.url])
     server._signal(signal.SIGUSR2)

@@ -151,10 +151,10 @@ async def test_an_agent_whose_credentials_end_ends_with_a_fault_that_says_so(
     operator, credentials = Operator(), tmp_path / "agent.creds"
     async with Scratch() as scratch:
         server = await start_nats_server(scratch, config=operator.server_config())
-        operator.write_user(credentials, 6)
+        operator.write_user(credentials, 15)
         guarded_by_it = Domain(domain.mongo_url, server.url, domain.database, domain.prefix)
         async with agent_process(guarded_by_it, DRSM_NATS_CREDENTIALS=str(credentials)) as process:
-            _, errors = await within(process.communicate())
+            _, errors = await within(process.communicate(), 60)
         assert process.returncode == EXIT_FAULT, errors.decode()
         assert "serving" in errors.decode()
         said = errors.decode().splitlines()[-1].lower()
@@ -172,7 +172,7 @@ async def test_pods_and_demuxes_go_on_while_their_credentials_are_replaced(
         server = await start_nats_server(scratch, config=operator.server_config())
         near = Domain(domain.mongo_url, server.url, domain.database, domain.prefix)
         operator.write_user(tmp_path / "agent.creds", 600)
-        operator.write_user(credentials, 5)
+        operator.write_user(credentials, 8)
         async with (
             near.agent(nats_credentials=tmp_path / "agent.creds"),
             Drsm.connect(server.url, Pod("amf-1", "", ""), prefix=domain.prefix, **options) as drsm,

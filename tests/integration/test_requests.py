@@ -7,7 +7,7 @@ import pytest
 
 from drsm_sdk.wire import checksum
 from drsm_sdk.wire import messages as m
-from tests.harness import POOL, Domain, Failed, renewing, requester
+from tests.harness import POOL, SEEN_SECONDS, Domain, Failed, renewing, requester
 
 
 async def test_an_open_session_is_not_up_before_its_first_request(domain: Domain) -> None:
@@ -171,9 +171,13 @@ async def test_a_large_snapshot_comes_in_pages_of_one_version_that_add_up_to_the
     """Many owners do not fit one message; the last page says so and an empty message follows."""
     async with domain.served(leader_ttl=20.0, liveness_ttl=20.0) as asking:  # all in this one process
         names = [f"amf-{i}.{'x' * 60}.{'y' * 60}.{'z' * 60}" for i in range(2000)]
-        opened = await asyncio.gather(*[asking.open(name, request_id=name[:60]) for name in names])
+        opened = await asyncio.gather(
+            *[asking.open(name, request_id=name[:60], timeout=SEEN_SECONDS) for name in names]
+        )
         pods = zip(names, opened, strict=True)
-        await asyncio.gather(*[asking.renew(name, answer.incarnation) for name, answer in pods])
+        await asyncio.gather(
+            *[asking.renew(name, answer.incarnation, timeout=SEEN_SECONDS) for name, answer in pods]
+        )
         await asking.acquire(names[0], opened[0].incarnation, 256)
         pages = await asking.snapshot()
         assert len(pages) > 1

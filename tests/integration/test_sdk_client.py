@@ -341,7 +341,7 @@ async def test_after_superseded_a_pod_is_slower_to_come_back(agent: FakeAgent, c
         assert drsm.incarnation is not None
         agent.ended[drsm.incarnation] = "superseded"
         await eventually(lambda: drsm.state == "lost")
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(0.4)  # others come back after 0.2 s
         assert len(agent.asked("session.open")) == 1
         await agent.until_asked("session.open", 2)
 

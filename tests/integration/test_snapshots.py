@@ -78,6 +78,7 @@ async def test_demuxes_that_lost_their_server_all_at_once_do_not_keep_the_agent_
         near = Domain(domain.mongo_url, ours.url, domain.database, domain.prefix)
         asking = await entered.enter_async_context(requester(ours.url, domain.prefix))
         await entered.enter_async_context(agent_process(near))
+        await asking.ask(asking.subjects.pools, m.Empty(), m.Pools)  # a pod waits only so long for a leader
         pods = [f"amf-{i}" for i in range(3)]
         for name in pods:
             await entered.enter_async_context(pod_process(near, name, tmp_path))

@@ -514,7 +514,7 @@ async def test_a_stand_in_that_breaks_says_so(monkeypatch: pytest.MonkeyPatch) -
     domain = Domain(POOL)
     await domain.__aenter__()
     with pytest.raises(AgentUnavailable, match="no responders"):
-        async with domain.drsm(AMF_1, timeout=2.5):
+        async with domain.drsm(AMF_1, timeout=5.0):
             pass
     with pytest.raises(RuntimeError, match="stand-in broke") as raised:
         await domain.__aexit__(None, None, None)
