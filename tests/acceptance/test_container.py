@@ -1,4 +1,4 @@
-"""Dockerfile, compose.yaml and kubernetes.yaml, as far as they can be proven without a container engine.
+"""Dockerfile, compose.yaml and the manifests, as far as they can be proven without a container engine.
 
 They are linted and read; and every command line of compose.yaml is run as it stands against the embedded
 servers' executables, where only host names, ports and mounted paths are replaced by those of this machine.
@@ -23,11 +23,13 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from drsm_agent import cli
 from drsm_agent.embedded import Process, Scratch, Stack
 from drsm_agent.embedded.binaries import find_mongod, find_nats_server
 from drsm_agent.embedded.server import Server, free_port, together
 from drsm_agent.embedded.undertaker import MARK
 from drsm_agent.settings import Settings
+from drsm_sdk import Pod
 from tests.harness import SEEN_SECONDS
 
 ROOT = Path(__file__).parents[2]
@@ -140,36 +142,115 @@ def plain(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
 
 
+def manifests(name: str, uncommented: bool = False) -> list[Any]:
+    """Documents of a Kubernetes manifest; `uncommented`, with the lines that are there to be."""
+    text = (ROOT / "deploy" / name).read_text()
+    if uncommented:
+        text = re.sub(r"^( +)# ( *(?:- \{|volumes:|volumeMounts:).*)$", r"\1\2", text, flags=re.MULTILINE)
+    return list(YAML(typ="safe").load_all(text))
+
+
+def environment_of(container: Any) -> dict[str, Any]:
+    names = [entry["name"] for entry in container["env"]]
+    assert len(set(names)) == len(names)
+    return {entry["name"]: entry for entry in container["env"]}
+
+
+def check_is_ours(template: Any) -> Any:
+    """The image's user and version, and nothing that a pod of it does not need. Its container."""
+    security = template["spec"]["securityContext"]
+    assert f"{security['runAsUser']}:{security['runAsGroup']}" == last("USER")
+    assert security["runAsNonRoot"]
+    assert template["spec"]["automountServiceAccountToken"] is False
+    [container] = template["spec"]["containers"]
+    assert container["image"] == f"{OURS}:{pyproject()['project']['version']}"
+    assert "command" not in container  # the image's own: drsm-agent
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert {"requests", "limits"} <= container["resources"].keys()
+    environment = environment_of(container)
+    assert "secretKeyRef" in environment["DRSM_MONGO_URL"]["valueFrom"]  # it carries a password
+    assert environment.keys() <= {f"DRSM_{name.upper()}" for name in Settings.model_fields}
+    return container
+
+
 def test_kubernetes_runs_what_the_image_is() -> None:
     """User, port, image, settings and probes agree, and nothing that an operator looks for is missing."""
-    deployment, budget = YAML(typ="safe").load_all(ROOT / "deploy/kubernetes.yaml")
+    deployment, budget = manifests("kubernetes.yaml")
     assert (deployment["kind"], deployment["spec"]["replicas"]) == ("Deployment", 2)
     template = deployment["spec"]["template"]
     labels = template["metadata"]["labels"]
     assert deployment["spec"]["selector"]["matchLabels"] == labels
-    assert (budget["kind"], budget["spec"]["maxUnavailable"]) == ("PodDisruptionBudget", 1)
-    assert budget["spec"]["selector"]["matchLabels"] == labels
-    [apart] = template["spec"]["affinity"]["podAntiAffinity"][
-        "preferredDuringSchedulingIgnoredDuringExecution"
-    ]
-    assert apart["podAffinityTerm"]["labelSelector"]["matchLabels"] == labels
-    security = template["spec"]["securityContext"]
-    assert f"{security['runAsUser']}:{security['runAsGroup']}" == last("USER")
-    assert security["runAsNonRoot"]
     assert template["spec"]["terminationGracePeriodSeconds"] >= 10
-    [container] = template["spec"]["containers"]
-    assert container["image"] == f"{OURS}:{pyproject()['project']['version']}"
-    assert "command" not in container  # the image's own: drsm-agent run
+    container = check_is_ours(template)
+    assert "args" not in container  # the image's own: run
     assert [port["containerPort"] for port in container["ports"]] == [int(last("EXPOSE"))]
     assert container["livenessProbe"]["httpGet"] == {"path": "/livez", "port": "http"}
     assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
-    assert container["securityContext"]["readOnlyRootFilesystem"]
-    assert {"requests", "limits"} <= container["resources"].keys()
-    environment = {entry["name"]: entry for entry in container["env"]}
+    environment = environment_of(container)
     assert {"DRSM_NATS_URL", "DRSM_MONGO_URL", "DRSM_POOLS"} <= environment.keys()
-    assert "secretKeyRef" in environment["DRSM_MONGO_URL"]["valueFrom"]  # it carries a password
-    assert environment.keys() <= {f"DRSM_{name.upper()}" for name in Settings.model_fields}
     assert json.loads(environment["DRSM_POOLS"]["value"])
+    assert (budget["kind"], budget["spec"]["maxUnavailable"]) == ("PodDisruptionBudget", 1)
+    assert budget["spec"]["selector"]["matchLabels"] == labels
+    assert budget["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+
+
+def test_no_two_agents_share_a_node_while_there_is_another() -> None:
+    """A preference would let both onto one node, and they would stay there; and a rollout that starts the new
+    one first could end with both on one."""
+    deployment, _ = manifests("kubernetes.yaml")
+    [spread] = deployment["spec"]["template"]["spec"]["topologySpreadConstraints"]
+    assert (spread["topologyKey"], spread["maxSkew"]) == ("kubernetes.io/hostname", 1)
+    assert spread["whenUnsatisfiable"] == "DoNotSchedule"
+    assert spread["labelSelector"] == deployment["spec"]["selector"]
+    assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+
+
+def test_the_lines_that_wait_to_be_uncommented_are_right() -> None:
+    """Credentials and TLS: settings that there are, files that are mounted, volumes that are named."""
+    plain_template = manifests("kubernetes.yaml")[0]["spec"]["template"]
+    template = manifests("kubernetes.yaml", uncommented=True)[0]["spec"]["template"]
+    container = check_is_ours(template)
+    environment = environment_of(container)
+    added = environment.keys() - environment_of(plain_template["spec"]["containers"][0]).keys()
+    assert {"DRSM_NATS_CREDENTIALS", "DRSM_NATS_PASSWORD", "DRSM_NATS_TLS_CA", "DRSM_NATS_USER"} == added
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts.keys() == {volume["name"] for volume in template["spec"]["volumes"]}
+    files = [entry["value"] for entry in environment.values() if entry.get("value", "").startswith("/")]
+    assert len(files) == 2
+    assert all(str(Path(file).parent) in mounts.values() for file in files)
+
+
+def test_the_announcement_of_a_restore_runs_with_the_agents_settings() -> None:
+    """With other pools, or another database, it would announce something else."""
+    deployment, _ = manifests("kubernetes.yaml")
+    [job] = manifests("restored-job.yaml")
+    assert (job["kind"], job["spec"]["backoffLimit"]) == ("Job", 0)
+    assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"
+    container = check_is_ours(job["spec"]["template"])
+    [command] = container["args"]
+    assert command in {found.callback.__name__ for found in cli.app.registered_commands if found.callback}
+    [agent] = deployment["spec"]["template"]["spec"]["containers"]
+    assert [entry for entry in agent["env"] if entry["name"] != "DRSM_NATS_URL"] == container["env"]
+    labels = job["spec"]["template"]["metadata"]["labels"]
+    assert labels != deployment["spec"]["selector"]["matchLabels"]  # else it counts as an agent
+
+
+def test_a_pod_of_a_network_function_knows_who_it_is() -> None:
+    """By the downward API, each by another name."""
+    [pods] = manifests("pod.yaml")
+    template = pods["spec"]["template"]
+    assert pods["spec"]["selector"]["matchLabels"] == template["metadata"]["labels"]
+    [container] = template["spec"]["containers"]
+    environment = environment_of(container)
+    paths = {
+        name: entry["valueFrom"]["fieldRef"]["fieldPath"]
+        for name, entry in environment.items()
+        if "valueFrom" in entry
+    }
+    assert paths["HOSTNAME"] == "metadata.name"
+    assert paths["POD_IP"] == "status.podIP"
+    pod = Pod.from_env(dict.fromkeys(paths, "amf-0"))
+    assert pod.name == "amf-0"
 
 
 def test_one_service_builds_the_image_and_all_of_ours_run_it() -> None:
