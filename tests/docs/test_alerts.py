@@ -25,19 +25,32 @@ def _rules() -> list[Any]:
 
 def _series() -> dict[str, set[str]]:
     """Of each time series that an agent has, its labels."""
-    registry = Metrics().registry
     return {
-        family.name + suffix: set(registry._names_to_collectors[family.name]._labelnames)  # type: ignore[attr-defined]
-        for family in registry.collect()
+        family.name + suffix: set(_labels(family.name))
+        for family in Metrics().registry.collect()
         for suffix in SUFFIXES[family.type]
     }
 
 
+def _labels(family: str) -> tuple[str, ...]:
+    return tuple(Metrics().registry._names_to_collectors[family]._labelnames)  # type: ignore[attr-defined]
+
+
+def _words(cell: str) -> list[str]:
+    """What stands in back quotes."""
+    return re.findall(r"`(\w+)`", cell)
+
+
 def _row(text: str, name: str) -> list[str]:
     """The cells of the one row of a table that has `name` in its first."""
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
-    (found,) = [row for row in rows if f"`{name}`" in row[0]]
+    (found,) = [row for row in _rows(text) if f"`{name}`" in row[0]]
     return found
+
+
+def _rows(text: str) -> list[list[str]]:
+    """The cells of each row of a table that begins with a name."""
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def _logged() -> Iterator[tuple[str, str]]:
@@ -87,6 +100,28 @@ def test_every_alert_is_explained_and_has_its_remedy() -> None:
 def test_every_event_above_info_is_in_the_table(level: str, event: str) -> None:
     """With the level that it has, so that an alert on the level and the table say the same."""
     assert level in _row(SETTINGS, event)[1]
+
+
+def test_every_event_of_the_table_is_in_the_source() -> None:
+    """A renamed event would leave its old name behind."""
+    table = SETTINGS.partition("| log event | level | says |")[2].partition("\n\n")[0]
+    events = [event for cell in re.findall(r"^\| (`[^|]*)", table, re.MULTILINE) for event in _words(cell)]
+    source = "".join(file.read_text() for file in (ROOT / "drsm_agent").rglob("*.py"))
+    assert len(events) >= len(LOGGED)
+    assert [event for event in events if f'"{event}"' not in source] == []
+
+
+def test_the_table_of_metrics_is_what_an_agent_measures() -> None:
+    """Each by its name and its type, with its labels."""
+    documented = {
+        (_words(row[0])[0], row[1], *_words(row[2])) for row in _rows(SETTINGS) if row[1] in SUFFIXES
+    }
+    registry = Metrics().registry
+    measured = {
+        (family.name + ("_total" if family.type == "counter" else ""), family.type, *_labels(family.name))
+        for family in registry.collect()
+    }
+    assert documented == measured
 
 
 def test_the_severest_events_are_found_in_the_source() -> None:
