@@ -79,6 +79,7 @@ FORBIDDEN = [
     ("operator", "publish", "drsm.rpc.pool.amfid.release"),
     ("operator", "subscribe", "drsm.rpc.>"),
     ("agent", "publish", "drsm.rpc.session.close"),
+    ("agent", "publish", "drsm.rpc.pools"),  # an operator in its container asks as operator
 ]
 
 
