@@ -13,10 +13,12 @@ from pymongo import AsyncMongoClient
 from structlog.testing import capture_logs
 
 from drsm_agent import patience
+from drsm_agent.core.documents import Document
 from drsm_agent.embedded import Mongod, Scratch, Stack, start_nats_server
 from drsm_agent.embedded.binaries import find_mongod
 from drsm_agent.errors import (
     DROPPED,
+    OVER,
     POSITION_DEAD,
     PositionLost,
     StoreBroken,
@@ -28,6 +30,7 @@ from drsm_agent.patience import Patience
 from drsm_agent.ports import Chance
 from drsm_agent.service import Agent
 from drsm_agent.store import mongo, replica_set
+from drsm_agent.store.change_stream import ChangeStream, Start
 from drsm_sdk import Demux
 from drsm_sdk.wire import messages as m
 from tests.harness import (
@@ -196,6 +199,30 @@ async def test_documents_that_are_dropped_under_the_agent_are_counted_as_that(
         await eventually(w.agent.leader.leading.is_set)
         assert {end for end, _ in ends(w.agent)} == {DROPPED}
         await demuxes_equal_mongodb(w.domain, w.demux)
+
+
+async def test_a_cursor_that_is_over_without_a_reason_is_answered_by_a_new_history(
+    domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drop whose events a filter hides: MongoDB ends the cursor, and says nothing. Opened again right after
+    its last token, the stream would only end again."""
+    whole = ChangeStream.pipeline
+    changes = {"$match": {"operationType": {"$in": ["insert", "replace", "update", "delete"]}}}
+
+    def hiding(stream: ChangeStream, start: Start) -> list[Document]:
+        return [*whole(stream, start), changes]
+
+    monkeypatch.setattr(ChangeStream, "pipeline", hiding)
+    async with served(domain) as w, mongo_client(domain) as client:
+        with capture_logs() as logs:
+            await client.drop_database(domain.database)
+            await w.asking.seen(lambda: len(w.asking.of(m.Reset)) == 2)
+        assert ends(w.agent) == {(OVER, ""): 1}
+        (lost,) = [log for log in logs if log["event"] == "position_lost"]
+        assert (lost["end"], lost["action"]) == (OVER, "reading everything anew")
+        await w.acquire("amf-2")
+        await demuxes_equal_mongodb(w.domain, w.demux)
+        assert len(w.histories) == 2
 
 
 async def test_after_a_drop_another_end_does_not_make_chunks_look_free(domain: Domain) -> None:
