@@ -1,6 +1,8 @@
-"""A pod and the agent that disagree about chunks agree again, within two renewals and one request."""
+"""A pod and the agent that disagree about chunks agree again: after two renewals that differ, by one request."""
 
 import asyncio
+
+from nats.aio.msg import Msg
 
 from drsm_sdk import Drsm, Pod
 from drsm_sdk.wire import codec
@@ -8,19 +10,34 @@ from drsm_sdk.wire import messages as m
 from tests.harness import POOL, Domain, Requester, eventually, mongo_client, mongo_table, renewing, within
 
 TINY = {"pools": [{"name": POOL, "slots": 10, "usage_lag_ms": 0}]}
-RENEWALS_MOST = 4
-"""Two that differ; one that may be on its way when the disagreement begins, one while the list is fetched."""
+DIFFERENT_TWICE = ["differs", "differs", "asks"]
 
 
-async def renewals_of(asking: Requester) -> list[str]:
-    seen: list[str] = []
+async def heard(asking: Requester) -> list[str]:
+    """What becomes known between the pods and the agent, in the server's order: renewals, by whether their
+    answer agrees with them, and that a pod asks what it holds."""
+    said: list[str] = []
+    renewals: dict[str, m.Renew] = {}
 
-    async def note(message: object) -> None:
-        seen.append(codec.unpack(m.Renew, message.data).pod)  # type: ignore[attr-defined]
+    async def note(message: Msg) -> None:
+        if message.subject == asking.subjects.session("renew"):
+            renewals[message.reply] = codec.unpack(m.Renew, message.data)
+        elif message.subject == asking.subjects.session("chunks"):
+            said.append("asks")
+        elif renewal := renewals.pop(message.subject, None):
+            same = codec.unpack(m.Renewed, message.data).held == renewal.held
+            said.append("agrees" if same else "differs")
 
-    await asking.client.subscribe(asking.subjects.session("renew"), cb=note)
-    await asking.client.flush()
-    return seen
+    await asking.client.subscribe(">", cb=note)
+    await eventually(lambda: "agrees" in said)  # none is under way whose beginning was not heard
+    return said
+
+
+async def until_asked(said: list[str]) -> list[str]:
+    """What came before the first question, without the agreement before."""
+    await eventually(lambda: "asks" in said)
+    assert said.count("asks") == 1
+    return [word for word in said[: said.index("asks") + 1] if word != "agrees"]
 
 
 def drsm_of(domain: Domain) -> Drsm:
@@ -30,13 +47,12 @@ def drsm_of(domain: Domain) -> Drsm:
 async def test_a_chunk_whose_grant_was_never_heard_is_taken_up_and_issued_from(domain: Domain) -> None:
     async with domain.served(**TINY) as asking, drsm_of(domain) as drsm:
         pool = await drsm.join(POOL)
-        seen = await renewals_of(asking)
+        said = await heard(asking)
         assert drsm.incarnation is not None
         granted = await asking.acquire("amf-1", drsm.incarnation, 1, "lost-answer")
         ((n, grant),) = granted.chunks
-        before = len(seen)
         await eventually(lambda: (n, grant, False) in pool.holdings())
-        assert len(seen) - before <= RENEWALS_MOST
+        assert await until_asked(said) == DIFFERENT_TWICE
         issued = [await pool.allocate() for _ in range(40)]
         assert len(set(issued)) == 40
         assert n in {id_ >> 10 for id_ in issued}
@@ -49,11 +65,11 @@ async def test_a_chunk_that_vanished_from_the_database_is_dropped_and_never_issu
         pool = await drsm.join(POOL)
         id_ = await pool.allocate()
         n, grant = id_ >> 10, pool.grant(id_)
-        seen = await renewals_of(asking)
+        await eventually(lambda: pool.stats.free >= pool.stats.wanted)
+        said = await heard(asking)
         await client[domain.database][POOL].delete_one({"_id": f"chunkid-{n}"})
-        before = len(seen)
         await eventually(lambda: all(held[:2] != (n, grant) for held in pool.holdings()))
-        assert len(seen) - before <= RENEWALS_MOST
+        assert await until_asked(said) == DIFFERENT_TWICE
         assert not pool.valid(id_)
         for _ in range(60):
             other = await pool.allocate()
