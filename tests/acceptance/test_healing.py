@@ -1,4 +1,4 @@
-"""A pod and the agent that disagree about chunks agree again: after two renewals that differ, by one request."""
+"""A pod and the agent that disagree about chunks agree again: two renewals that differ, then one request."""
 
 import asyncio
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -14,7 +15,8 @@ import pytest
 from drsm_sdk import Demux, Drsm, Pod
 from drsm_sdk.wire import messages as m
 from drsm_sdk.wire.codec import encode
-from tests.harness import POOL, Domain, Requester, eventually, renewing, requester, within
+from tests.harness import POOL, Domain, Requester, eventually, mongo_table, renewing, requester, within
+from tests.sdk.fake_agent import SkippingClock
 
 DRSM = Path(sys.executable).with_name("drsm")
 NOTHING: Mapping[str, str] = {}
@@ -118,25 +120,36 @@ async def test_pools_show_has_the_whole_definition(domain: Domain) -> None:
 
 
 async def test_pods_shows_what_they_own_and_what_they_say_of_their_stock(domain: Domain) -> None:
+    """One id is a minute and a half old by the pod's clock, one is new, one was released."""
+    clock = SkippingClock()
     async with (
         domain.agent(),
-        Drsm.connect(domain.nats_url, Pod("amf-1", "ip", "i"), prefix=domain.prefix) as pod,
+        Drsm.connect(domain.nats_url, Pod("amf-1", "ip", "i"), prefix=domain.prefix, clock=clock) as pod,
     ):
         pool = await pod.join(POOL)
         pool.allocate_nowait()
+        clock.skipped += 90.0
+        await eventually(lambda: pod.state == "live")
+        pool.allocate_nowait()
+        pool.release(pool.allocate_nowait())
         async with requester(domain.nats_url, domain.prefix) as asking:
 
-            async def heard() -> m.Pods:
-                return await asking.ask(asking.subjects.pool(POOL, "pods"), m.Empty(), m.Pods)
+            async def heard() -> m.Use:
+                (pod,) = (await asking.ask(asking.subjects.pool(POOL, "pods"), m.Empty(), m.Pods)).pods
+                return pod.use
 
-            while (await heard()).pods[0].use.issued != 1:
+            while ((use := await heard()).issued, use.released) != (2, 1):
                 await asyncio.sleep(0.05)
         text, plain = await asyncio.gather(shown(domain, "pods"), shown(domain, "pods", POOL, "--json"))
-    header = text.out.splitlines()[0].split()
-    row = dict(zip(header, text.rows[0], strict=False))
-    assert (row["POOL"], row["POD"], row["STATE"], row["ISSUED"]) == (POOL, "amf-1", "live", "1")
+    header, line = [re.split(r"\s\s+", line) for line in text.out.splitlines()]
+    row = dict(zip(header, line, strict=True))
+    assert (row["POOL"], row["POD"], row["STATE"], row["ISSUED"]) == (POOL, "amf-1", "live", "2")
+    assert row["RELEASED"] == "1"
+    assert re.fullmatch(r"1 min \d+ s", row["OLDEST"])
     assert int(row["INCARNATION"]) == plain.json[0]["pod"]["incarnation"]
-    assert plain.json[0]["use"]["issued"] == 1
+    said = plain.json[0]["use"]
+    assert (said["issued"], said["released"]) == (2, 1)
+    assert said["oldest_ms"] >= 90_000
 
 
 async def test_chunks_shows_neighbours_of_one_owner_in_one_line(domain: Domain) -> None:
@@ -171,6 +184,30 @@ async def test_orphans_are_shown_until_a_living_pod_has_claimed_them_marked(doma
     assert orphans.rows == [[POOL, "0-1", "2", "0-2047", "amf-1", str(pod), "down"]]
     assert none.rows == []
     assert marked.rows == [[POOL, "0-1", "2", "0-2047", "amf-2", str(heir), "live", "marked"]]
+
+
+async def test_a_chunk_is_shown_as_marked_until_its_scan_is_over(domain: Domain) -> None:
+    go_on = asyncio.Event()
+
+    async def in_use(first: int, last: int) -> list[int]:
+        await go_on.wait()
+        return []
+
+    heir = Drsm.connect(domain.nats_url, Pod("amf-2", "10.0.0.2", "i"), prefix=domain.prefix)
+    async with domain.served(pools=[{"name": POOL, "usage_lag_ms": 0}]) as asking:
+        dying = (await asking.open("amf-1")).incarnation
+        ((n, _),) = (await asking.acquire("amf-1", dying)).chunks
+        async with heir:
+            await heir.join(POOL, in_use=in_use)
+            await asking.ask(asking.subjects.session("close"), m.SessionRef("amf-1", dying), m.Empty)
+            await asking.seen(lambda: asking.of(m.ChunkClaimed))
+            before = await shown(domain, "chunks", "--marked")
+            go_on.set()
+            await asking.seen(lambda: asking.of(m.ChunkScanned))
+            after = await shown(domain, "chunks", "--marked")
+            assert (await mongo_table(domain))[n][0] == "amf-2"
+    assert [(row[1], row[4], row[-1]) for row in before.rows] == [(str(n), "amf-2", "marked")]
+    assert after.rows == []
 
 
 async def test_owner_tells_whose_an_id_is(domain: Domain) -> None:

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drsm_sdk import Pod
 from drsm_sdk.ambient import Chance
 from drsm_sdk.order import STRATA_BITS, Queue, queue
 from drsm_sdk.stock import Stock
+from drsm_sdk.testing import Domain
 from drsm_sdk.wire.definition import Definition
 
 STRATA = 1 << STRATA_BITS
@@ -37,6 +39,31 @@ def test_which_slot_comes_first_second_or_last_is_anybodys_guess(order: str) -> 
     orders = [drawn(queue(order, range(64), below), 64) for _ in range(6400)]
     for place in (0, 1, 31, 63):
         assert chi_square(Counter(one[place] for one in orders), 64) < 103.4
+
+
+def test_which_free_id_of_a_claimed_chunk_comes_when_is_anybodys_guess_too() -> None:
+    """What the scan leaves is shuffled anew. Chi-square over 48 ids: 82.7 is exceeded by one fair sample in
+    a thousand."""
+    stock = Stock(Definition(name="tmsi", bits=32, block_bits=6, slots=64, order="random"), seeded(4).number)
+    orders: list[list[int | None]] = []
+    for n in range(1, 3201):
+        stock.add(n, "0" * 16, 0.0, hold_until=0.0)
+        stock.finish_scan(n, "0" * 16, [range(n << 6, (n << 6) + 64, 4)], 0.0)
+        orders.append([stock.take(0.0) for _ in range(48)])
+    for place in (0, 1, 23, 47):
+        drawn_there = [one[place] for one in orders]
+        seen = Counter(id_ % 64 - id_ % 64 // 4 - 1 for id_ in drawn_there if id_ is not None)
+        assert seen.total() == 3200
+        assert chi_square(seen, 48) < 82.7
+
+
+async def test_a_pod_draws_from_a_source_that_nobody_can_guess_unless_it_is_given_one() -> None:
+    """The operating system's: whoever sees many ids of a Mersenne Twister knows the next ones."""
+    async with Domain(TMSI) as domain, domain.drsm(Pod("amf-1", "10.0.0.1", "i")) as drsm:
+        pool = await drsm.join("tmsi")
+        chance = pool._stock._below.__self__  # type: ignore[attr-defined]
+        assert isinstance(chance, Chance)
+        assert type(chance._source) is random.SystemRandom
 
 
 def test_the_next_random_id_does_not_follow_from_the_last() -> None:

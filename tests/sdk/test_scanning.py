@@ -25,11 +25,17 @@ AMF_1, AMF_2, AMF_3 = (Pod(f"amf-{i}", f"10.0.0.{i}", "i") for i in (1, 2, 3))
 SMALL = Definition(name=POOL, bits=12, block_bits=4, slots=10)
 
 
+FREED = threading.Event()
+
+
 @pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scans are tried again after some milliseconds."""
+def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Scans are tried again after some milliseconds; threads that hang end with the test."""
     monkeypatch.setattr(supply, "RETRY_FIRST", 0.002)
     monkeypatch.setattr(supply, "RETRY_MOST", 0.01)
+    FREED.clear()
+    yield
+    FREED.set()
 
 
 async def next_of(reader: Any, kind: type[Any]) -> Any:
@@ -82,6 +88,11 @@ async def never_returns(first: int, last: int) -> list[int]:
     return []
 
 
+def hangs(first: int, last: int) -> list[int]:
+    FREED.wait()
+    return []
+
+
 async def is_cancelled(first: int, last: int) -> list[int]:
     raise asyncio.CancelledError
 
@@ -117,6 +128,7 @@ BAD = [
     (breaks_half_way, "LookupError: no database"),
     (never_ends, "found more"),
     (never_returns, "did not return"),
+    (hangs, "did not return"),
     (is_cancelled, "raised CancelledError"),
     (stops_when_cancelled, "did not return"),
     (leaves, "raised SystemExit"),
