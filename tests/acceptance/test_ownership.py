@@ -21,6 +21,7 @@ from drsm_sdk.wire import messages as m
 from tests.acceptance.test_original_list import demux_of, pod, pod_process
 from tests.harness import (
     POOL,
+    SEEN_SECONDS,
     Domain,
     Requester,
     demuxes_equal_mongodb,
@@ -279,3 +280,40 @@ async def test_each_life_of_a_name_has_a_higher_incarnation_than_those_before(
             (mine,) = [owner for owner in pool.pods() if owner.state == "live" and owner.ip != "127.0.0.1"]
             lives.append(mine.incarnation)
     assert lives == sorted(set(lives))
+
+
+async def test_a_pod_that_restarts_in_place_has_fresh_chunks_while_its_old_lease_still_runs(
+    domain: Domain, tmp_path: Path
+) -> None:
+    """It need not wait for `L`, here longer than any of the waits; only its old chunks do."""
+    long = {"liveness_ttl": 3 * SEEN_SECONDS, "allocation_ttl": 300.0}
+    async with domain.served(**SMALL_CHUNKS, **long) as asking:
+        async with pod_process(domain, "amf-1", tmp_path) as first:
+            old = (await first.ask("allocate 10", "allocated"))["chunks"]
+            first.kill()
+        async with pod_process(domain, "amf-1", tmp_path) as second:
+            new = (await second.ask("allocate 10", "allocated"))["chunks"]
+            assert not set(old) & set(new)
+            assert [down.reason for down in asking.of(m.PodDown)] == ["superseded"]
+            assert not asking.of(m.ChunkClaimed)
+
+
+async def test_a_second_life_at_another_address_has_fresh_chunks_and_then_those_of_its_name(
+    domain: Domain, tmp_path: Path
+) -> None:
+    """As in a StatefulSet: same name, new IP. It gets the old chunks although another pod has fewer."""
+    async with domain.served(**SMALL_CHUNKS, liveness_ttl=2.5) as asking, pod(domain, "amf-2"):
+        async with pod_process(domain, "amf-1", tmp_path) as first:
+            old = set((await first.ask("allocate 50", "allocated"))["chunks"])
+            first.kill()
+        async with pod(domain, "amf-1", "10.0.0.9") as second:
+            fresh = await second.allocate()
+            assert fresh >> 10 not in old
+            await asking.seen(lambda: {n for claim in asking.of(m.ChunkClaimed) for n in claim.chunks} >= old)
+            allocated = {(e.owner.name, e.owner.ip): e.owner for e in asking.of(m.ChunkAllocated)}
+            mine = allocated["amf-1", "10.0.0.9"]
+            assert {claim.owner for claim in asking.of(m.ChunkClaimed)} == {mine}
+            assert {claim.previous for claim in asking.of(m.ChunkClaimed)} == {
+                allocated["amf-1", "127.0.0.1"]
+            }
+            assert {(await mongo_table(domain))[n] for n in old} == {("amf-1", mine.incarnation)}

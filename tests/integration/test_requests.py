@@ -7,7 +7,7 @@ import pytest
 
 from drsm_sdk.wire import checksum
 from drsm_sdk.wire import messages as m
-from tests.harness import POOL, SEEN_SECONDS, Domain, Failed, renewing, requester
+from tests.harness import POOL, SEEN_SECONDS, Domain, Failed, Requester, renewing, requester
 
 
 async def test_an_open_session_is_not_up_before_its_first_request(domain: Domain) -> None:
@@ -72,6 +72,43 @@ async def test_a_restarted_pod_supersedes_its_old_incarnation(domain: Domain) ->
         assert (lost.value.failure.error, lost.value.failure.reason) == ("session_lost", "superseded")
         down = await asking.seen(lambda: asking.of(m.PodDown))
         assert [(event.pod.incarnation, event.reason) for event in down] == [(old, "superseded")]
+
+
+async def test_whoever_lost_its_session_is_told_how_by_every_request_but_close(domain: Domain) -> None:
+    """The SDK tells the application, and backs off longer when superseded. A late close is accepted."""
+    async with domain.served(liveness_ttl=2.5) as asking:
+        lost = {name: (f"amf-{name}", await activated(asking, f"amf-{name}", "first")) for name in LOST}
+        await activated(asking, "amf-superseded", "second")
+        subjects = asking.subjects
+        await asking.ask(subjects.session("close"), m.SessionRef(*lost["closed"]), m.Empty)
+        lost["unknown"] = "amf-unknown", lost["closed"][1] ^ 1 << 31  # no term has so many
+        await asking.seen(lambda: {down.reason for down in asking.of(m.PodDown)} == LOST)
+        for reason, who in lost.items():
+            requests: dict[str, object] = {
+                subjects.session("join"): m.Join(*who, (POOL,)),
+                subjects.session("renew"): m.Renew(*who),
+                subjects.session("report"): m.Report(*who, (), total=0),
+                subjects.session("chunks"): m.SessionRef(*who),
+                subjects.pool(POOL, "acquire"): m.Acquire(*who, 1, "r"),
+                subjects.pool(POOL, "release"): m.ChunkList(*who, ()),
+                subjects.pool(POOL, "scanned"): m.ChunkList(*who, ()),
+            }
+            for subject, request in requests.items():
+                with pytest.raises(Failed) as failed:
+                    await asking.ask(subject, request, m.Empty)
+                failure = failed.value.failure
+                assert (failure.error, failure.reason) == ("session_lost", reason), subject
+            await asking.ask(subjects.session("close"), m.SessionRef(*who), m.Empty)
+
+
+LOST = {"expired", "closed", "superseded"}
+
+
+async def activated(asking: Requester, name: str, request_id: str) -> int:
+    """The incarnation of a session that has sent its first request."""
+    opened = await asking.open(name, request_id=request_id)
+    await asking.renew(name, opened.incarnation)
+    return opened.incarnation
 
 
 async def test_a_restarted_pod_gets_its_old_chunks_back_marked(domain: Domain) -> None:
