@@ -13,11 +13,24 @@ from structlog.testing import capture_logs
 from drsm_agent import reaper, relay
 from drsm_agent.embedded import Scratch, Stack, start_nats_server
 from drsm_agent.errors import Misconfigured, leaf
+from drsm_agent.leader import Leader
 from drsm_agent.service import Agent, running
 from drsm_sdk import Demux, Drsm, Pod
+from drsm_sdk.wire import codec
 from drsm_sdk.wire import messages as m
 from tests.fault.link import Link
-from tests.harness import POOL, Domain, Requester, eventually, mongo_client, renewing, requester, within
+from tests.harness import (
+    POOL,
+    Domain,
+    Requester,
+    eventually,
+    leading,
+    mongo_client,
+    mongo_table,
+    renewing,
+    requester,
+    within,
+)
 from tests.proxy import proxy
 
 
@@ -41,6 +54,81 @@ async def test_a_second_agent_stands_by_and_takes_over_without_a_lost_session(do
             assert len(set(ids)) == 3000
             assert drsm.incarnation == incarnation
             await eventually(lambda: demux.synced and all(demux.owner(id_) for id_ in ids))
+
+
+@pytest.fixture
+def wordless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Agents that end leave their record as it is, as those that are killed."""
+
+    async def keep(*_: object) -> None: ...
+
+    monkeypatch.setattr(Leader, "_give_up", keep)
+
+
+@pytest.mark.usefixtures("wordless")
+async def test_a_standby_keeps_the_table_and_serves_nobody_before_it_leads(domain: Domain) -> None:
+    """Each request has one answer, the leader's; when that one is gone without a word there is none, at once.
+    The standby then goes on from the table that it has."""
+    settings = domain.settings(leader_ttl=2.0)
+    async with AsyncExitStack() as crashing, requester(domain.nats_url, domain.prefix) as asking:
+        first = await crashing.enter_async_context(leading(settings))
+        async with running(settings) as standby:
+            state = await within(standby.feed.loaded())
+            opened = await asking.open("amf-1")
+            async with renewing(asking, ("amf-1", opened.incarnation)):
+                await asking.acquire("amf-1", opened.incarnation, 20)
+                answers = await every_answer(asking, 10)
+            assert [answer.agent for answer in answers] == [first.name] * 10
+            stored, chunks = await mongo_table(domain), state.table.pools[POOL].chunks
+            assert len(stored) == 20
+            await eventually(lambda: {n: chunk.owner.key for n, chunk in chunks.items()} == stored)
+            await crashing.aclose()
+            with pytest.raises(NoRespondersError):
+                await asking.open("amf-2")
+            assert not standby.leader.leading.is_set()
+            await within(standby.leader.leading.wait())
+            (answer,) = await every_answer(asking, 1)
+            assert (answer.agent, answer.term) == (standby.name, 2)
+            assert standby.feed.current is state
+
+
+async def every_answer(asking: Requester, requests: int) -> list[m.Stamp]:
+    """All that come for so many requests, until others that were sent later have been answered too."""
+    inbox, answers = asking.client.new_inbox(), list[m.Stamp]()
+
+    async def note(message: Any) -> None:
+        answers.append(codec.unpack(m.Stamp, message.data))
+
+    subscription = await asking.client.subscribe(inbox, cb=note)
+    for _ in range(requests):
+        await asking.client.publish(asking.subjects.pools, b"", reply=inbox)
+    await eventually(lambda: len(answers) >= requests)
+    for _ in range(requests):
+        await asking.ask(asking.subjects.pools, m.Empty(), m.Pools)
+    await subscription.unsubscribe()
+    return answers
+
+
+@pytest.mark.usefixtures("wordless")
+async def test_the_last_of_three_agents_leads_when_two_ended_in_a_row(domain: Domain) -> None:
+    """Whichever they are. The pod keeps its session, and gets fresh chunks from the third."""
+    settings = domain.settings(leader_ttl=1.0)
+    async with leading(settings) as one, running(settings) as two, running(settings) as three:
+        agents = [one, two, three]
+        identity = Pod("amf-1", "10.0.0.1", "nf")
+        async with Drsm.connect(domain.nats_url, identity, prefix=domain.prefix) as drsm:
+            pool = await drsm.join(POOL)
+            incarnation = drsm.incarnation
+            for _ in range(2):
+                (leader,) = [agent for agent in agents if agent.leader.leading.is_set()]
+                agents.remove(leader)
+                assert leader.task is not None
+                leader.task.cancel()
+                await asyncio.wait([leader.task])
+                await eventually(lambda: any(agent.leader.leading.is_set() for agent in agents))
+            ids = [await pool.allocate(timeout=10) for _ in range(pool.stats.free + 1000)]
+            assert len(set(ids)) == len(ids)
+            assert drsm.incarnation == incarnation
 
 
 async def test_a_change_of_leader_in_a_quiet_domain_keeps_the_history(
