@@ -7,15 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nats.errors import NoRespondersError
-
 from drsm_sdk import Demux, Drsm, Pod, Pool, PoolExhausted, changes
 from drsm_sdk.nats_transport import NatsTransport
 from drsm_sdk.wire import messages as m
 from tests.acceptance.test_operator import shown
 from tests.acceptance.test_original_list import event
-from tests.harness import POOL, SEEN_SECONDS, Domain, Requester, eventually, renewing, requester
-from tests.integration.test_start import agent_process
+from tests.harness import POOL, Domain, eventually, renewing, requester
+from tests.integration.test_start import agent_process, opened_once_it_serves
 
 END, CHUNKS, SLOTS = 2**64, 4, 1024
 FIRST, LAST = END - CHUNKS * SLOTS, END - 1
@@ -127,12 +125,3 @@ async def memory(domain: Domain, *, bits: int) -> float:
 def resident_mib(pid: int) -> float:
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGESIZE") / 2**20
-
-
-async def opened_once_it_serves(asking: Requester, name: str) -> m.Opened:
-    async with asyncio.timeout(SEEN_SECONDS):
-        while True:
-            try:
-                return await asking.open(name)
-            except NoRespondersError:
-                await asyncio.sleep(0.05)

@@ -1,6 +1,7 @@
 """Who leads, what a leader does not judge, and what a take-over leaves as it was."""
 
 import asyncio
+import signal
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Any
@@ -31,6 +32,7 @@ from tests.harness import (
     requester,
     within,
 )
+from tests.integration.test_start import agent_process, opened_once_it_serves
 from tests.proxy import proxy
 
 
@@ -250,6 +252,31 @@ async def test_nobody_is_expired_because_nats_was_away_for_longer_than_the_lease
                 await eventually(lambda: demux.synced and all(drsm.state == "live" for drsm in pods))
                 assert [drsm.incarnation for drsm in pods] == before
                 assert {owner.state for owner in demux.pods()} == {"live"}
+
+
+async def test_nobody_is_expired_because_the_agent_itself_stood_still(domain: Domain) -> None:
+    """R7: for longer than `L`, while nobody could renew. That is no reason to change the leader either, as
+    its own lease is longer."""
+    leases = {"DRSM_LIVENESS_TTL": "2.5", "DRSM_LEADER_TTL": "9"}
+    async with (
+        requester(domain.nats_url, domain.prefix) as asking,
+        agent_process(domain, **leases) as agent,
+    ):
+        pods = [
+            (name, (await opened_once_it_serves(asking, name)).incarnation) for name in ("amf-1", "amf-2")
+        ]
+        await asyncio.gather(*[asking.renew(*pod) for pod in pods])
+        agent.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(2.8)  # nothing can be awaited of a process that stands still
+        agent.send_signal(signal.SIGCONT)
+        assert agent.stderr is not None
+        while b"sparing" not in (said := await within(agent.stderr.readline())):
+            assert said
+            assert b"session_expired" not in said
+        renewed = await asyncio.gather(*[asking.renew(*pod) for pod in pods])
+        assert [(answer.liveness_ms > 0) for answer in renewed] == [True, True]
+        assert not asking.of(m.PodDown)
+        assert {head.term for head, _ in asking.events} == {1}
 
 
 async def test_a_mirror_follows_its_session_and_is_never_missing_for_a_restarted_name(

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from nats.errors import NoRespondersError
 
 from drsm_agent import settings
 from drsm_agent.embedded import Scratch, Stack, start_nats_server, start_replica_set, start_standalone
 from drsm_agent.embedded.server import free_port
 from drsm_agent.settings import SpaceSettings
-from tests.harness import SEEN_SECONDS, Domain, requester, within
+from drsm_sdk.wire import messages as m
+from tests.harness import SEEN_SECONDS, Domain, Requester, requester, within
 
 EXIT_OK, EXIT_FAULT, EXIT_REFUSED = 0, 1, 2
 
@@ -50,6 +52,16 @@ async def agent_process(
         if process.returncode is None:
             process.kill()
         await process.communicate()
+
+
+async def opened_once_it_serves(asking: Requester, name: str) -> m.Opened:
+    """A session of an agent that is a process; it may still be starting."""
+    async with asyncio.timeout(SEEN_SECONDS):
+        while True:
+            try:
+                return await asking.open(name)
+            except NoRespondersError:
+                await asyncio.sleep(0.05)
 
 
 async def refused(domain: Domain, **changed: str) -> str:
