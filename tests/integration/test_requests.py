@@ -4,10 +4,13 @@ import asyncio
 import json
 
 import pytest
+from nats.aio.msg import Msg
 
-from drsm_sdk.wire import checksum
+from drsm_agent.core import lease
+from drsm_sdk import Drsm, Pod
+from drsm_sdk.wire import checksum, codec
 from drsm_sdk.wire import messages as m
-from tests.harness import POOL, SEEN_SECONDS, Domain, Failed, Requester, renewing, requester
+from tests.harness import POOL, SEEN_SECONDS, Domain, Failed, Requester, eventually, renewing, requester
 
 
 async def test_an_open_session_is_not_up_before_its_first_request(domain: Domain) -> None:
@@ -272,3 +275,36 @@ async def test_what_a_pod_says_of_a_pool_that_was_removed_is_left_aside(domain: 
                 assert set(renewed.held) == {POOL}
             answer = await asking.ask(asking.subjects.pool(POOL, "pods"), m.Empty(), m.Pods)
             assert answer.pods[0].use == use[POOL]
+
+
+async def test_the_more_pods_there_are_the_less_often_each_of_them_renews(
+    domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R3: the agent says how often, here each 0.5 s of one pod and 1.5 s of three, with an `L` of five times
+    that; the SDK follows, both ways."""
+    monkeypatch.setattr(lease, "RENEWALS_PER_SECOND", 2)
+    renewed_at: list[float] = []
+
+    async def note(message: Msg) -> None:
+        if codec.unpack(m.Renew, message.data).pod == "amf-1":
+            renewed_at.append(asyncio.get_running_loop().time())
+
+    def waited(least: float, most: float) -> bool:
+        """Whether there was such a while between the last two renewals."""
+        return len(renewed_at) > 1 and least < renewed_at[-1] - renewed_at[-2] < most
+
+    identity = Pod("amf-1", "10.0.0.1", "nf")
+    async with (
+        domain.served() as asking,
+        Drsm.connect(domain.nats_url, identity, prefix=domain.prefix),
+    ):
+        await asking.client.subscribe(asking.subjects.session("renew"), cb=note)
+        await eventually(lambda: waited(0.0, 1.0))
+        opened = {name: await asking.open(name) for name in ("amf-2", "amf-3")}
+        assert [answer.renew_ms for answer in opened.values()] == [1000, 1500]
+        assert (await asking.renew("amf-3", opened["amf-3"].incarnation)).liveness_ms > 4 * 1500
+        await eventually(lambda: waited(1.2, SEEN_SECONDS))
+        for name, answer in opened.items():
+            closing = m.SessionRef(name, answer.incarnation)
+            await asking.ask(asking.subjects.session("close"), closing, m.Empty)
+        await eventually(lambda: waited(0.0, 1.0))
