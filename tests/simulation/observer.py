@@ -279,6 +279,10 @@ class Observer:
         if incarnation not in self._dead_at and not self.was_restored:
             self.broken("G2", f"incarnation {incarnation} lives, and was told that it is over: {reason}")
 
+    def demux_ended(self, who: str) -> None:
+        """The next one of its name begins without a table."""
+        self._versions.pop(who, None)
+
     def demux_holds(self, who: str, history: str, version: m.Version, table: tuple[int, int]) -> None:
         """A demux has a table of so many chunks and this checksum, as of a version."""
         sums = self._lost_sums if history in self._lost_histories else self._sums

@@ -108,6 +108,26 @@ INHERITANCE = Profile(
 )
 """Pods that are cut off use ids again and again while others have their chunks, and hold them back."""
 
+DEMUXES = Profile(
+    "demuxes",
+    faults={
+        "kill_demux": 2,
+        "freeze_demux": 3,
+        "cut_demux": 2,
+        "kill_pod": 3,
+        "close_pod": 2,
+        "kill_agent": 1,
+    },
+    weather=Weather(slow=6.0, slowness=0.003, loss=0.05, doubling=0.05, reordering=0.05),
+    paces=(1.0,),
+    pods=(4,),
+    demuxes=2,
+    storms=(20.0,),
+    application=Application(at_once=12, lets_go=0.3),
+    idle=0.5,
+)
+"""Demuxes that come, stand still and go, while chunks change hands all the time."""
+
 WRONG_CLOCKS = Profile(
     "wrong-clocks",
     faults={"cut_pod": 4, "freeze_pod": 1, "kill_agent": 1, "cut_agent_from_database": 1},
@@ -256,6 +276,7 @@ PROFILES = {
         SLOW_TO_SHOW,
         COMING_AND_GOING,
         INHERITANCE,
+        DEMUXES,
         WRONG_CLOCKS,
         SETTINGS,
         RESTORES,

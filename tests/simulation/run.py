@@ -35,6 +35,8 @@ class Outcome:
     """Incarnations that were declared dead while they counted on their lease."""
     alarms: int
     """How often a pod noticed that."""
+    faults: frozenset[str]
+    """What befell the world."""
 
     @property
     def story(self) -> str:
@@ -78,6 +80,7 @@ def simulate(seed: int, profile: Profile = ANY) -> Outcome:
         profile.name,
         contradicted=len(observer.contradicted),
         alarms=worlds[0].alarms,
+        faults=frozenset(worlds[0].faults),
     )
 
 

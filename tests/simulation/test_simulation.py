@@ -13,6 +13,7 @@ import pytest
 from tests.simulation.ablations import ABLATIONS, Ablation
 from tests.simulation.profiles import PROFILES, WRONG_CLOCKS
 from tests.simulation.run import outcomes, simulate
+from tests.simulation.world import FAULTS
 
 SEEDS = 300
 SEEDS_OF_A_PROFILE = 2
@@ -39,6 +40,7 @@ def test_no_guarantee_is_broken_whatever_happens() -> None:
     assert not broken, "\n\n".join(broken)
     assert sum(one.issued for one in told) > 100 * len(runs)  # a world in which nothing works proves nothing
     assert sum(one.claims for one in told) > len(runs)
+    assert set().union(*(one.faults for one in told)) >= {*FAULTS, "change_settings", "restore"}
     assert {one.profile for one in told if one.contradicted} == {WRONG_CLOCKS.name}
     assert {one.profile for one in told if one.alarms} <= {WRONG_CLOCKS.name}  # most never hear of it
 

@@ -6,6 +6,7 @@ Everything follows from the seed. The agents are `service.Agent`, the pods `drsm
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +93,8 @@ FAULTS = (
     "cut_agent_from_database",
     "elect",
     "restart_nats",
+    "kill_demux",
+    "freeze_demux",
     "cut_demux",
 )
 
@@ -133,7 +136,7 @@ class Profile:
     storms: tuple[float, ...] = (STORM_SECONDS,)
     """How long the storm lasts, in seconds."""
     freezes: tuple[float, ...] = (0.3, 2.0, 4.0, 9.0, 14.0)
-    """For how many seconds a pod is stopped."""
+    """For how many seconds a pod or a demux is stopped."""
     usage_lag: float = USAGE_LAG
     allocations: tuple[float, ...] = (ALLOCATION,)
     """The allocation leases that a change of settings chooses from; the first is the one at the start."""
@@ -272,6 +275,8 @@ class World:
         size = random.Random(f"{seed} size")
         self._storm_seconds = size.choice(profile.storms)
         self.numbers = (size.choice(profile.pods), size.choice(profile.agents), profile.demuxes)
+        self.faults: Counter[str] = Counter()
+        """What has befallen it."""
         self.failure: BaseException | None = None
         self.calm = False
         self._failed = asyncio.Event()
@@ -672,6 +677,7 @@ class World:
         self.network.calm = False
         while True:
             (fault,) = chance.choices(list(weights), list(weights.values()))
+            self.faults[fault] += 1
             getattr(self, f"_{fault}")()
             await asyncio.sleep(chance.expovariate(1 / pace))
 
@@ -729,6 +735,16 @@ class World:
         if actor := self._pick([pod for pod in self.pods if not pod.transport.connection.is_cut]):
             self._cut(actor.machine.name, actor.transport.connection)
 
+    def _kill_demux(self) -> None:
+        if actor := self._pick(self.demuxes):
+            self.observer.note(actor.machine.name, "is killed")
+            self._bury(actor, self.demuxes)
+            self.observer.demux_ended(actor.machine.name)
+            self.node.later(self.chance.choice([0.1, 1.0, 3.0]), self.start_demux, actor.machine.name)
+
+    def _freeze_demux(self) -> None:
+        self._freeze(self._pick(self.demuxes), self.chance.choice(self.profile.freezes))
+
     def _cut_demux(self) -> None:
         if actor := self._pick(self.demuxes):
             self._cut(actor.machine.name, actor.transport.connection)
@@ -777,6 +793,7 @@ class World:
             self._bury(actor, self.agents)
         await asyncio.sleep(self.chance.choice([0.1, 2.0, 9.0]))
         self.observer.note("mongodb", "is restored")
+        self.faults["restore"] += 1
         self.database.restore(backup)
         self.observer.restored()
         view = View(self.database, self.node)
@@ -859,6 +876,7 @@ class World:
         return (
             len(self.pods) < self.numbers[0]
             or len(self.agents) < self.numbers[1]
+            or len(self.demuxes) < self.numbers[2]
             or any(pod.closing or not pod.at_work for pod in self.pods)
             or any(agent.settings is not self.settings for agent in self.agents)
             or any(machine.node.stopped for machine in self._machines())
