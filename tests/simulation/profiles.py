@@ -130,11 +130,14 @@ DEMUXES = Profile(
 
 WRONG_CLOCKS = Profile(
     "wrong-clocks",
-    faults={"cut_pod": 4, "freeze_pod": 1, "kill_agent": 1, "cut_agent_from_database": 1},
-    clocks=0.2,
-    paces=(2.0,),
+    faults={"cut_pod": 8, "freeze_pod": 1, "kill_agent": 1, "cut_agent_from_database": 1},
+    clocks=0.3,
+    extreme=True,
+    cuts=(2.0, 2.5, 3.0, 7.0),
+    paces=(1.5,),
+    pods=(4,),
 )
-"""Clocks that keep no promise: what the leases rest on is gone, but nothing else may break."""
+"""Clocks that keep no promise: what the leases rest on is gone, but nothing else may break, and pods tell."""
 
 SETTINGS = Profile(
     "settings",
