@@ -5,8 +5,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from tests.simulation.profiles import PROFILES
-from tests.simulation.run import outcome, outcomes
+from tests.simulation.profiles import ALL, PROFILES, profile_of
+from tests.simulation.run import Run, outcome, outcomes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -14,14 +14,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=300, help="how many, from --first on")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, help="one seed, with its whole story")
-    parser.add_argument("--profile", choices=PROFILES, default="any")
+    parser.add_argument("--profile", choices=[ALL, *PROFILES], default=ALL)
     given = parser.parse_args(argv)
+
+    def run(seed: int) -> Run:
+        return seed, profile_of(seed) if given.profile == ALL else given.profile
+
     if given.seed is not None:
-        told = outcome((given.seed, given.profile))
+        told = outcome(run(given.seed))
         print(told.story)
         sys.exit(told.error is not None)
     began, issued, broken = time.perf_counter(), 0, 0
-    for told in outcomes([(seed, given.profile) for seed in range(given.first, given.first + given.seeds)]):
+    for told in outcomes([run(seed) for seed in range(given.first, given.first + given.seeds)]):
         issued += told.issued
         if told.error is not None:
             broken += 1

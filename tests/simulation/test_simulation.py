@@ -11,9 +11,9 @@ from multiprocessing.pool import AsyncResult
 import pytest
 
 from tests.simulation.ablations import ABLATIONS, Ablation
-from tests.simulation.profiles import PROFILES, WRONG_CLOCKS
+from tests.simulation.profiles import PROFILES, WRONG_CLOCKS, profile_of
 from tests.simulation.run import outcomes, simulate
-from tests.simulation.world import FAULTS
+from tests.simulation.world import ANY, FAULTS
 
 SEEDS = 300
 SEEDS_OF_A_PROFILE = 2
@@ -43,6 +43,12 @@ def test_no_guarantee_is_broken_whatever_happens() -> None:
     assert set().union(*(one.faults for one in told)) >= {*FAULTS, "change_settings", "restore"}
     assert {one.profile for one in told if one.contradicted} == {WRONG_CLOCKS.name}
     assert {one.profile for one in told if one.alarms} == {WRONG_CLOCKS.name}
+
+
+def test_a_long_run_reaches_every_kind_of_world() -> None:
+    told = [profile_of(seed) for seed in range(1000)]
+    assert set(told) == set(PROFILES)
+    assert told.count(ANY.name) > len(told) / 2  # small worlds are cheap
 
 
 Searches = dict[str, "AsyncResult[int | None]"]
