@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 from tests.simulation.network import Weather
-from tests.simulation.pools import ADDRESSES, SPACES
+from tests.simulation.pools import ADDRESSES, INTEGERS, SPACES
 from tests.simulation.world import ANY, Application, Profile
+
+KINDS = (INTEGERS, ADDRESSES, SPACES)
 
 PARTITIONS = Profile(
     "partitions",
@@ -12,6 +14,7 @@ PARTITIONS = Profile(
     weather=Weather(slow=6.0, slowness=0.0005, loss=0.1),
     paces=(4.0,),
     pods=(4,),
+    kinds=KINDS,
 )
 LEADERS = Profile(
     "leaders",
@@ -19,6 +22,8 @@ LEADERS = Profile(
     doubt=0.15,
     paces=(2.0,),
     pods=(4,),
+    kinds=KINDS,
+    agents=(2, 3),
 )
 STOPS = Profile("stops", faults={"kill_pod": 1, "cut_pod": 2}, stops=0.01, paces=(4.0,))
 LOSSES = Profile(
@@ -148,6 +153,7 @@ SETTINGS = Profile(
     allocations=(12.0, 5.0),
     livenesses=(4.0, 2.5),
     leaders=(1.0, 2.0),
+    kinds=KINDS,
 )
 """All agents started again with other settings, one by one."""
 
@@ -158,6 +164,7 @@ RESTORES = Profile(
     paces=(3.0,),
     pods=(4,),
     restores=True,
+    kinds=KINDS,
 )
 """The database goes back to a backup, and pods have got, given back, lost and claimed chunks since."""
 
