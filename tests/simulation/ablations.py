@@ -44,6 +44,7 @@ from tests.simulation.profiles import (
     NAMESAKES,
     PARTITIONS,
     RECONNECTS,
+    RESTING,
     RESTLESS,
     RESTORES,
     RETURNING,
@@ -51,6 +52,7 @@ from tests.simulation.profiles import (
     SHRINKING,
     SLOW_TO_SHOW,
     STOPS,
+    WAVERING,
 )
 from tests.simulation.world import ANY, Profile
 
@@ -239,6 +241,14 @@ def _release_counts_at_once(self: Stock, chunk: Any, id_: int, space: int) -> No
     _release_closed(self, chunk, id_, space)
 
 
+def _free_at_once(self: Stock, chunk: Any, id_: int, space: int, _now: float) -> None:
+    self._make_free(chunk, id_, space)
+
+
+async def _unrecorded(self: Requests, session: Session) -> None:
+    """What was promised when the session was opened is all that its document keeps."""
+
+
 def _as_promised_today(orphan: Any, former: Any, allocation_ms: int, usage_lag_ms: int) -> int:
     forgotten = former and replace(former, promised_ms=0)
     return hold_ms(orphan, forgotten, allocation_ms, usage_lag_ms)
@@ -256,6 +266,13 @@ ABLATIONS: tuple[Ablation, ...] = (
         ((reaper, "hold_ms", _as_promised_today),),
         hint=0,
     ),
+    Ablation(
+        "a renewal that promises more does not record it",
+        "4",
+        WAVERING,
+        ((Requests, "_promise", _unrecorded),),
+    ),
+    Ablation("a released id does not rest", "10", RESTING, ((Stock, "_rest", _free_at_once),)),
     Ablation(
         "leases go on at once after a restore",
         "G1",

@@ -200,6 +200,16 @@ SHRINKING = Profile(
 )
 """`A` becomes smaller while pods are cut off that were promised the larger one."""
 
+WAVERING = replace(
+    SHRINKING,
+    name="wavering",
+    faults={"change_settings": 1, "cut_pod": 1},
+    paces=(2.5,),
+    cuts=(18.0,),
+    allocations=(4.0, 20.0),
+)
+"""`A` becomes larger and smaller again, and pods are cut off that were promised more than at their start."""
+
 BURSTS = Application(pauses=(0.5, 1.0), at_once=60, lets_go=0.5)
 
 SCARCE = Profile(
@@ -218,6 +228,20 @@ SCARCE = Profile(
     ahead=2.0,
 )
 """Eight chunks and two pods, which soon get back what they gave away, while writes come late."""
+
+RESTING = Profile(
+    "resting",
+    faults={"cut_pod": 2, "close_pod": 2, "kill_pod": 1},
+    weather=Weather(),
+    storms=(12.0,),
+    paces=(2.0,),
+    kinds=KINDS,
+    block_bits=(4,),
+    quarantines=(3.0,),
+    application=BURSTS,
+    idle=0.5,
+)
+"""Released ids rest, while few are free: at their pod, and at whoever gets its chunks."""
 
 RESTLESS = Profile(
     "restless",
@@ -292,7 +316,9 @@ PROFILES = {
         RESTORES,
         RETURNING,
         SHRINKING,
+        WAVERING,
         SCARCE,
+        RESTING,
         RESTLESS,
         ABSENCES,
         NAMESAKES,
