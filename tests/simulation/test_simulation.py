@@ -5,12 +5,15 @@ command that tells it again.
 """
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing.pool import AsyncResult
+from typing import Any
 
 import pytest
 
+from drsm_sdk.stock import Stock
 from tests.simulation.ablations import ABLATIONS, Ablation
+from tests.simulation.observer import Violation
 from tests.simulation.profiles import PROFILES, WRONG_CLOCKS, profile_of
 from tests.simulation.run import outcomes, simulate
 from tests.simulation.world import ANY, FAULTS
@@ -67,12 +70,28 @@ def searches() -> Iterator[Searches]:
 def first_violation(number: int) -> int | None:
     """The first seed at which it shows that an ablation's safeguard is missing."""
     ablation = ABLATIONS[number]
-    seeds: list[int] = [ablation.hint, *range(ABLATION_SEEDS)]
+    return first_of([ablation.hint, *range(ABLATION_SEEDS)], ablation)
+
+
+def first_of(seeds: Iterable[int], ablation: Ablation) -> int | None:
+    """The first of some seeds at which a guarantee is broken; whatever else breaks shows nothing."""
     with ablation.applied():
         for seed in seeds:
-            if isinstance(simulate(seed, ablation.profile).error, AssertionError):
+            if isinstance(simulate(seed, ablation.profile).error, Violation):
                 return seed
     return None
+
+
+def test_only_a_broken_guarantee_shows_that_a_safeguard_is_missing() -> None:
+    """An assertion that fails shows that the patch does not fit the code any more."""
+
+    def fails(*_: Any) -> None:
+        raise AssertionError
+
+    misfit = Ablation("a patch that does not fit", "G1", ANY, ((Stock, "take", fails),))
+    with misfit.applied():
+        assert isinstance(simulate(0).error, AssertionError)
+    assert first_of([0], misfit) is None
 
 
 @pytest.mark.timeout(600)
