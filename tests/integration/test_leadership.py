@@ -86,7 +86,7 @@ async def test_a_standby_keeps_the_table_and_serves_nobody_before_it_leads(domai
             await eventually(lambda: {n: chunk.owner.key for n, chunk in chunks.items()} == stored)
             await crashing.aclose()
             with pytest.raises(NoRespondersError):
-                await asking.open("amf-2")
+                await asking.open("amf-2", timeout=1.0)
             assert not standby.leader.leading.is_set()
             await within(standby.leader.leading.wait())
             (answer,) = await every_answer(asking, 1)
