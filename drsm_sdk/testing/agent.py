@@ -1,7 +1,7 @@
 """What an agent knows and says, in memory: one table per pool, requests in, answers and events out.
 
-It speaks the wire protocol in its true bytes, and does what design and `docs/protocol.md` say that an agent
-does, as far as one process can see it. No connection and no task of its own: whoever drives it hands it
+It speaks the wire protocol in its true bytes, and does what `docs/protocol.md` says that an agent does, as
+far as one process can see it. No connection and no task of its own: whoever drives it hands it
 requests (`serve`), calls `settle` after each and now and then, and `confirm` every two seconds.
 """
 
