@@ -24,8 +24,10 @@ from drsm_sdk.wire.definition import Definition
 from drsm_sdk.wire.space import Item
 
 SEEN_MAX = 10_000
-"""Grants remembered so that none is taken up twice. A doubled or late message is at most some minutes
-old, and a pod takes up far fewer chunks in that time."""
+"""Grants that are over, remembered so that none is taken up twice. A doubled or late message is at most some
+minutes old, and a pod lets go of far fewer chunks in that time. (Those held are known by their chunks.)"""
+STALE_MOST = 64
+"""Entries of forgotten chunks in a picker's heap, beyond as many as there are others, before it is cleaned."""
 
 
 @dataclass(slots=True, eq=False)
@@ -111,7 +113,9 @@ class Picker:
         others, self.current = self._others, None
         while others:
             claimed, serial, chunk = others[0]
-            if not self.serves(chunk):
+            if serial not in self._queued:  # forgotten
+                heapq.heappop(others)
+            elif not self.serves(chunk):
                 heapq.heappop(others)
                 self._queued.discard(serial)
             elif claimed == -chunk.issued:
@@ -124,12 +128,13 @@ class Picker:
         return None
 
     def forget(self, chunk: Chunk) -> None:
-        """Nothing is issued from the chunk any more."""
+        """Nothing is issued from the chunk any more. Its entry stays until it comes to the top, or until
+        there are too many of its kind: to look for each would take as long as there are chunks."""
         if chunk is self.current:
             self.current = None
-        if chunk.serial in self._queued:
-            self._queued.discard(chunk.serial)
-            self._others = [entry for entry in self._others if entry[2] is not chunk]
+        self._queued.discard(chunk.serial)
+        if len(self._others) > 2 * len(self._queued) + STALE_MOST:
+            self._others = [entry for entry in self._others if entry[1] in self._queued]
             heapq.heapify(self._others)
 
 
@@ -265,8 +270,8 @@ class Stock:
         return n in self._chunks
 
     def seen(self, n: int, grant: str) -> bool:
-        """Whether this grant was taken up before."""
-        return (n, grant) in self._seen
+        """Whether this grant was taken up before: it is held, or on its way back, or over."""
+        return self.get(n, grant) is not None or (n, grant) in self._retired or (n, grant) in self._seen
 
     def __iter__(self) -> Iterator[Chunk]:
         return iter(self._chunks.values())
@@ -281,7 +286,6 @@ class Stock:
         was taken up before, or the chunk is held by another (drop that one first)."""
         if self.seen(n, grant) or n in self._chunks:
             return None
-        self._remember(n, grant)
         self._serial += 1
         marked = hold_until is not None
         blocks = tuple(Block() for _ in self._parts)
@@ -370,7 +374,7 @@ class Stock:
         """Retire up to `most` chunks that nothing was issued from for `idle` seconds, as long as `keep` ids
         stay free. Returns their numbers; ask for them with `retired`, and repeat until answered."""
         chosen: list[int] = []
-        for chunk in sorted(self._chunks.values(), key=lambda chunk: -chunk.serial):
+        for chunk in reversed(tuple(self._chunks.values())):  # the youngest first
             if len(chosen) == most:
                 break
             if chunk.idle and chunk.empty_since + idle <= now and self._spare(chunk, keep):
@@ -394,6 +398,7 @@ class Stock:
         """The agent has taken a retired chunk back."""
         if (n, grant) in self._retired:
             self._retired.remove((n, grant))
+            self._remember(n, grant)
             self._checksum -= holding(n, grant, marked=False)
 
     # --- summaries ------------------------------------------------------------------------------
@@ -533,6 +538,7 @@ class Stock:
         self._checksum += sign * holding(chunk.n, chunk.grant, marked=chunk.marked)
 
     def _remember(self, n: int, grant: str) -> None:
+        self._seen.pop((n, grant), None)  # the newest are kept
         self._seen[n, grant] = None
         if len(self._seen) > SEEN_MAX:
             del self._seen[next(iter(self._seen))]
@@ -540,6 +546,7 @@ class Stock:
     def _forget(self, chunk: Chunk) -> None:
         """Nothing is issued from `chunk` any more."""
         del self._chunks[chunk.n]
+        self._remember(chunk.n, chunk.grant)
         for space, block in enumerate(chunk.blocks):
             self._opened[space] -= len(block.free)
             self._add(space, -len(block.free))

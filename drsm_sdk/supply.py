@@ -209,10 +209,10 @@ class Supply:
     def _drop(self, numbers: Sequence[int]) -> None:
         if not numbers:
             return
-        dropped = [self.stock.drop(n) for n in numbers]
+        dropped, gone = [self.stock.drop(n) for n in numbers], set(numbers)
         issued = [[id_ for ids in own for id_ in ids] for own in zip(*dropped, strict=True)]
         for (n, _), task in list(self._scans.items()):
-            if n in numbers:
+            if n in gone:
                 task.cancel()
         log.warning("pool %s: chunks %s are no longer this pod's", self.name, numbers)
         self._told(Lost(self.name, tuple(numbers), issued_ids(self.stock.definition, issued)))

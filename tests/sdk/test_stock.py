@@ -1,5 +1,6 @@
 """One pool's ids in a pod, against a model of plain lists."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from drsm_sdk import stock as stock_module
 from drsm_sdk.errors import NotAllocated, NotOwner
 from drsm_sdk.stock import SEEN_MAX, Level, Stock
 from drsm_sdk.wire.checksum import MODULUS, holding
@@ -126,6 +128,41 @@ def test_dropping_a_chunk_tells_which_ids_were_issued_from_it() -> None:
     assert stock.drop(1) == [ids[:6]]
     assert (stock.free, stock.all_issued()) == (4, [ids[6:]])
     assert not stock.issued(ids[0])
+
+
+def test_what_is_held_or_on_its_way_back_is_known_however_many_grants_came_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A list of what this pod holds would have it taken up anew, with all its ids free."""
+    monkeypatch.setattr(stock_module, "SEEN_MAX", 3)
+    stock = filled(SMALL, 1)
+    stock.add(2, grant(2), 0.0)
+    assert stock.retire(100.0, idle=60, keep=0, most=1) == [2]
+    for i in range(10, 20):
+        stock.add(3, grant(i), 0.0)
+        stock.drop(3)
+    for n in (1, 2):
+        assert stock.seen(n, grant(n))
+        assert stock.add(n, grant(n), 0.0) is None
+    assert not stock.seen(3, grant(10))  # of those that are over only the newest are known
+    stock.settle(2, grant(2))
+    assert stock.seen(2, grant(2))
+
+
+def test_to_give_back_many_chunks_does_not_look_through_all_of_them_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pod that stands still for that long would be declared dead. And what is gone does not pile up."""
+    looked = Counter[str]()
+    monkeypatch.setattr(stock_module.heapq, "heapify", lambda heap: looked.update(["all"]) or heap.sort())
+    stock = filled(Definition(name="p", bits=24, block_bits=3, slots=6), *range(1, 2001))
+    (first,) = taken(stock, 1)
+    assert len(stock.retire(100.0, idle=60, keep=0, most=1900)) == 1900
+    assert looked["all"] <= 12  # each time half of them
+    (picker,) = stock._pickers
+    assert len(picker._others) <= 2 * 100 + stock_module.STALE_MOST
+    assert len({first, *taken(stock, 100 * 6 - 1)}) == 100 * 6
+    assert stock.take(0.0) is None
 
 
 def test_remembered_grants_are_bounded() -> None:
