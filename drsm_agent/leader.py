@@ -113,9 +113,7 @@ class Leader:
                 unheard = lost.subgroup(Unheard) is not None
                 log.warning("lead_lost", reason=str(leaf(lost)))
             finally:
-                if self.leading.is_set():
-                    self._led_at = self._parts.clock()
-                self.leading.clear()
+                self._stop_serving()
                 self._parts.metrics.lead_over()
                 mine = self._election.mine
                 self._election.lost()
@@ -254,7 +252,13 @@ class Leader:
             try:
                 await cancellation.isolated(self._serve_table(lead, state))
             except* PositionLost:
-                self.leading.clear()
+                self._stop_serving()
+
+    def _stop_serving(self) -> None:
+        if self.leading.is_set():
+            self._led_at = self._parts.clock()
+        self.leading.clear()
+        self._parts.metrics.leading.set(0)
 
     async def _serve_table(self, lead: Lead, state: State) -> None:
         async with asyncio.TaskGroup() as tasks:

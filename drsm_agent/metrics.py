@@ -14,7 +14,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()
-        self.leading = Gauge("drsm_leader", "1 while this agent leads", registry=r)
+        self.leading = Gauge("drsm_leader", "1 while this agent leads and serves", registry=r)
         self.term = Gauge("drsm_term", "Term of this agent's last lead", registry=r)
         self.requests = Counter(
             "drsm_requests", "Answered requests by verb and outcome", ["verb", "outcome"], registry=r
@@ -71,7 +71,6 @@ class Metrics:
     def lead_over(self) -> None:
         """What only a leader knows is not said any more: another agent says it, and this one's would stay as
         it was for ever. (A gauge without labels cannot be taken back: nobody lives here.)"""
-        self.leading.set(0)
         self.sessions.set(0)
         for gauge in (
             self.chunks,

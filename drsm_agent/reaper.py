@@ -60,10 +60,11 @@ class Reaper:
         self._fresh_since = self._clock()
 
     def note(self, entry: Entry) -> None:
-        """Something changed: look again. Keepalives are the only sign of life of Go pods."""
+        """Something changed: look again. Keepalives are the only sign of life of Go pods; that one is gone
+        is none."""
         now = self._clock()
         for space, key in entry.changed:
-            if (space, key) in self._go_heard:
+            if (space, key) in self._go_heard and key in self._table.pools[space].keepalives:
                 self._go_heard[space, key] = now
         if entry.events:
             self._news.set()

@@ -459,6 +459,8 @@ class Pool:
         trouble = self._supply.trouble if self._supply is not None else None
         if isinstance(refused, PoolEmpty) and isinstance(trouble, AgentUnavailable):
             return AgentUnavailable(trouble.reason)
+        if isinstance(refused, PoolEmpty) and isinstance(trouble, BadRequest):
+            return BadRequest(str(trouble), trouble.error)
         if isinstance(refused, PoolEmpty) and self._session.state != "live":
             return AgentUnavailable(self._rpc.trouble or "the agent is silent")
         return refused

@@ -27,7 +27,7 @@ SEEN_MAX = 10_000
 """Grants that are over, remembered so that none is taken up twice. A doubled or late message is at most some
 minutes old, and a pod lets go of far fewer chunks in that time. (Those held are known by their chunks.)"""
 STALE_MOST = 64
-"""Entries of forgotten chunks in a picker's heap, beyond as many as there are others, before it is cleaned."""
+"""Entries of forgotten chunks in a picker's heap, besides as many as of others, until it is cleaned."""
 
 
 @dataclass(slots=True, eq=False)

@@ -7,8 +7,10 @@ restarted pod gets its chunks back; deterministic for equal load, so that repeat
 import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import ceil
 
 from drsm_agent.core.documents import GO_INCARNATION, Chunk, Owner, Session
+from drsm_agent.core.lease import RATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,11 @@ def hold_ms(orphan: Chunk, former: Session | None, allocation_ms: int, usage_lag
     issued is visible to the scan.
 
     `W` after a graceful close of an owner whose chunk was unmarked; otherwise `A + W` with the largest
-    `A` promised to any owner since the mark was last clear. `allocation_ms` is today's `A`.
+    `A` promised to any owner since the mark was last clear. `allocation_ms` is today's `A`. The new owner's
+    clock may run fast, and count `W` too soon: it gets `W * (1 + r)`. (`A` has its margin at its holder.)
     """
+    visible_ms = ceil(usage_lag_ms * (1 + RATE))
     if former and former.reason == "closed" and not orphan.marked:
-        return usage_lag_ms
+        return visible_ms
     promised = max(allocation_ms, former.promised_ms if former else 0)
-    return max(orphan.hold_ms, promised + usage_lag_ms)
+    return max(orphan.hold_ms, promised + visible_ms)

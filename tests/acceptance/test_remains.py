@@ -133,5 +133,5 @@ async def test_a_dead_session_is_kept_for_as_long_as_a_chunk_names_it(
         await cleaning.pass_by(3 * reaper.PURGE_AFTER)
         assert await sessions.find_one({"_id": session})
         await have_claimed(asking)
-        assert [claim.hold_ms for claim in asking.of(m.ChunkClaimed)] == [10_000]
+        assert [claim.hold_ms for claim in asking.of(m.ChunkClaimed)] == [10_050]
         await gone(sessions, session)

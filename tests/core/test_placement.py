@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from dataclasses import replace
+from math import ceil
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from drsm_agent.core.documents import Chunk, Drsm, Owner, Session
 from drsm_agent.core.placement import Placed, hold_ms, plan
 
-A, W = 300_000, 10_000
+A, W, SEEN = 300_000, 10_000, 10_050
+"""`SEEN`: `W` by a clock that is fast by `r`."""
 
 
 def pod(name: str, incarnation: int = 1) -> Owner:
@@ -162,23 +164,23 @@ def test_go_pods_never_claim() -> None:
     ("chunk", "session", "allocation", "expected"),
     [
         # W after a graceful close of an owner whose chunk was unmarked
-        (orphan(1), former("closed"), A, W),
-        (orphan(1), former("closed", 900_000), A, W),
+        (orphan(1), former("closed"), A, SEEN),
+        (orphan(1), former("closed", 900_000), A, SEEN),
         # A + W after any other end
-        (orphan(1), former("expired"), A, A + W),
-        (orphan(1), former("superseded"), A, A + W),
-        (orphan(1), former(""), A, A + W),
-        (orphan(1), None, A, A + W),
-        (Chunk(1, "go", "", ""), None, A, A + W),
+        (orphan(1), former("expired"), A, A + SEEN),
+        (orphan(1), former("superseded"), A, A + SEEN),
+        (orphan(1), former(""), A, A + SEEN),
+        (orphan(1), None, A, A + SEEN),
+        (Chunk(1, "go", "", ""), None, A, A + SEEN),
         # the largest A that was promised
-        (orphan(1), former("expired", 900_000), A, 900_000 + W),
-        (orphan(1), former("expired", 100_000), A, A + W),
+        (orphan(1), former("expired", 900_000), A, 900_000 + SEEN),
+        (orphan(1), former("expired", 100_000), A, A + SEEN),
         # a marked chunk keeps the longest hold since the mark was last clear
-        (orphan(1, marked=True, hold=W), former("closed"), A, A + W),
+        (orphan(1, marked=True, hold=W), former("closed"), A, A + SEEN),
         (orphan(1, marked=True, hold=950_000), former("closed"), A, 950_000),
         (orphan(1, marked=True, hold=950_000), former("expired"), A, 950_000),
         (orphan(1, marked=True, hold=950_000), None, A, 950_000),
-        (orphan(1, marked=True, hold=W), former("expired", 900_000), A, 900_000 + W),
+        (orphan(1, marked=True, hold=W), former("expired", 900_000), A, 900_000 + SEEN),
     ],
 )
 def test_a_hold_outlasts_every_former_owner(
@@ -191,7 +193,7 @@ def test_a_hold_outlasts_every_former_owner(
 def test_a_mark_that_a_go_pod_left_stale_does_not_count() -> None:
     """The chunk is the Go pod's, which had no lease: A + W."""
     stale = replace(orphan(1, marked=True, hold=950_000), pod="go")
-    assert hold_ms(stale, None, A, W) == A + W
+    assert hold_ms(stale, None, A, W) == A + SEEN
 
 
 ENDS = st.tuples(st.sampled_from(["closed", "expired", "superseded"]), st.integers(1, 10), st.booleans())
@@ -204,11 +206,20 @@ def test_a_chain_of_owners_never_shortens_a_hold(ends: list[tuple[str, int, bool
     chunk, needed, marked = orphan(1), 0, False
     for reason, promised, scanned in ends:
         hold = hold_ms(chunk, former(reason, promised), a, w)
-        needed = max(needed, w if reason == "closed" and not marked else max(promised, a) + w)
+        seen = ceil(w * 1.005)
+        needed = max(needed, seen if reason == "closed" and not marked else max(promised, a) + seen)
         assert hold == needed
         chunk, marked = orphan(1, marked=True, hold=hold), True
         if scanned:
             chunk, needed, marked = orphan(1), 0, False
+
+
+@given(st.integers(0, 900_000), st.floats(-0.005, 0.005))
+def test_whoever_holds_after_a_close_waits_for_the_usage_lag_however_fast_its_clock_runs(
+    lag: int, rate: float
+) -> None:
+    """The lag is time of the database, the hold is counted by a clock that may be off by `r`."""
+    assert hold_ms(orphan(1), former("closed"), A, lag) / (1 + rate) >= lag * (1 - 1e-12)
 
 
 LIVES = st.tuples(

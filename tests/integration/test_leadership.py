@@ -425,7 +425,7 @@ async def test_a_go_pod_whose_keepalive_stands_still_is_down_and_one_that_renews
     domain: Domain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the TTL monitor's help: a delete filtered by what was seen, and the claims after it."""
-    monkeypatch.setattr(reaper, "GO_SILENCE", 2.0)
+    monkeypatch.setattr(reaper, "GO_SILENCE", 4.0)
     async with mongo_client(domain) as client:
         pool = client[domain.database][POOL]
         await pool.insert_many([go_keepalive("amf-silent"), go_keepalive("amf-renewing")])
@@ -441,7 +441,10 @@ async def test_a_go_pod_whose_keepalive_stands_still_is_down_and_one_that_renews
         async with domain.served() as asking:
             opened = await asking.open("amf-1")
             async with renewing(asking, ("amf-1", opened.incarnation)):
+                await asking.seen(lambda: asking.of(m.PodDown))
+                told = asyncio.get_running_loop().time()
                 await asking.seen(lambda: asking.of(m.ChunkClaimed))
+                assert asyncio.get_running_loop().time() - told < 2.0  # the delete is no sign of life
                 (down,) = asking.of(m.PodDown)
                 assert (down.pod.name, down.reason) == ("amf-silent", "deleted")
                 assert [claim.chunks for claim in asking.of(m.ChunkClaimed)] == [(1,)]

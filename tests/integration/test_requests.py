@@ -124,7 +124,7 @@ async def test_a_restarted_pod_gets_its_old_chunks_back_marked(domain: Domain) -
         async with renewing(asking, ("amf-1", new), ("amf-2", other)):
             (claimed,) = await asking.seen(lambda: asking.of(m.ChunkClaimed))
         assert (claimed.chunks, claimed.owner.incarnation) == ((taken,), new)
-        assert claimed.hold_ms == 310_000
+        assert claimed.hold_ms == 310_050
 
 
 async def test_a_closed_session_hands_over_at_once_and_holds_only_for_the_usage_lag(domain: Domain) -> None:
@@ -137,7 +137,7 @@ async def test_a_closed_session_hands_over_at_once_and_holds_only_for_the_usage_
         for _ in range(2):  # a late second close is accepted and changes nothing
             await asking.ask(asking.subjects.session("close"), closing, m.Empty)
         (claimed,) = await asking.seen(lambda: asking.of(m.ChunkClaimed))
-        assert (claimed.owner.name, claimed.hold_ms) == ("amf-2", 10_000)
+        assert (claimed.owner.name, claimed.hold_ms) == ("amf-2", 10_050)
         with pytest.raises(Failed, match="session_lost"):
             await asking.renew("amf-1", pod)
 
@@ -172,7 +172,7 @@ async def test_session_chunks_lists_what_is_owned_with_its_hold(domain: Domain) 
         listed = await asking.ask(asking.subjects.session("chunks"), ref, m.SessionChunks)
         assert set(listed.chunks) == {
             (POOL, *own, None),
-            (POOL, claimed.chunks[0], claimed.grants[0], 10_000),
+            (POOL, claimed.chunks[0], claimed.grants[0], 10_050),
         }
         assert listed.version[POOL] >= asking.events[-1][0].version
 

@@ -146,6 +146,19 @@ async def test_a_waiter_gets_an_id_that_another_caller_releases(agent: FakeAgent
         assert await waiting == ids[0]
 
 
+async def test_a_pool_that_is_gone_is_told_to_who_waits_for_an_id_of_it(
+    agent: FakeAgent, connect: Connect
+) -> None:
+    """The session goes on: its other pools are there. "Try again" would be wrong."""
+    async with connect() as drsm:
+        pool = await drsm.join(POOL)
+        agent.script = only("acquire", wire.Failure("unknown_pool", "no pool amfid"))
+        with pytest.raises(BadRequest, match="no pool amfid") as refused:
+            await drain(pool, 0.5)
+        assert refused.value.error == "unknown_pool"
+        assert drsm.state == "live"
+
+
 async def test_silence_of_the_agent_is_told_at_the_deadline(agent: FakeAgent, connect: Connect) -> None:
     async with connect() as drsm:
         pool = await drsm.join(POOL)

@@ -168,11 +168,20 @@ async def test_a_cursor_that_an_operator_killed_is_opened_again(domain: Domain) 
 
 @pytest.mark.parametrize("code", [136, 260, 280, 286, 464, 50811])
 async def test_a_dead_position_is_answered_by_a_new_history(domain: Domain, code: int) -> None:
-    """Consumers hear a `reset`, end up equal to MongoDB, and the log says what happened."""
+    """Consumers hear a `reset`, end up equal to MongoDB, and the log says what happened. Nobody led for the
+    moment that it took, and not since before this lead."""
     async with served(domain) as w:
+        w.agent.leader._led_at -= 3600  # it has led for an hour
+        leaderless: list[float] = []
+
+        def read_anew() -> bool:
+            leaderless.append(w.agent.leader.leaderless())
+            return len(w.asking.of(m.Reset)) == 2
+
         with capture_logs() as logs:
             async with failing(domain, ["getMore"], {"times": 1}, errorCode=code):
-                await w.asking.seen(lambda: len(w.asking.of(m.Reset)) == 2)
+                await eventually(read_anew)
+        assert max(leaderless) < 3600
         assert ends(w.agent) == {(POSITION_DEAD, str(code)): 1}
         (lost,) = [log for log in logs if log["event"] == "position_lost"]
         assert (lost["end"], lost["code"], lost["action"]) == (POSITION_DEAD, code, "reading everything anew")

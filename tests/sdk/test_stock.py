@@ -1,5 +1,6 @@
 """One pool's ids in a pod, against a model of plain lists."""
 
+import heapq
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -154,7 +155,7 @@ def test_to_give_back_many_chunks_does_not_look_through_all_of_them_for_each(
 ) -> None:
     """A pod that stands still for that long would be declared dead. And what is gone does not pile up."""
     looked = Counter[str]()
-    monkeypatch.setattr(stock_module.heapq, "heapify", lambda heap: looked.update(["all"]) or heap.sort())
+    monkeypatch.setattr(heapq, "heapify", lambda heap: looked.update(["all"]) or heap.sort())
     stock = filled(Definition(name="p", bits=24, block_bits=3, slots=6), *range(1, 2001))
     (first,) = taken(stock, 1)
     assert len(stock.retire(100.0, idle=60, keep=0, most=1900)) == 1900
