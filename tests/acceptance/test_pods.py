@@ -1,15 +1,17 @@
 """A pod's life with the real agent: stock, silence, restart of the agent, loss of the session."""
 
 import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
 from drsm_agent.demo.contexts import Contexts
+from drsm_agent.service import running
 from drsm_sdk import AgentUnavailable, Demux, Drsm, NotAllocated, NotOwner, Pod, Pool, PoolExhausted
 from drsm_sdk.changes import Gained, Scanned
 from tests.acceptance.test_original_list import demux_of, event, pod, pod_process
-from tests.harness import POOL, Domain, eventually, requester
+from tests.harness import POOL, SEEN_SECONDS, Domain, eventually, requester, within
 
 
 async def test_a_double_release_is_an_error_and_a_foreign_id_is_not_owned(domain: Domain) -> None:
@@ -83,6 +85,33 @@ async def test_exhaustion_is_an_error_at_once_and_release_makes_room(domain: Dom
         assert len(ids) == len(set(ids)) == 32 * 4 - 1
         one.release(next(id_ for id_ in ids if one.owner(id_) == one.owner(ids[0])))
         assert await one.allocate()
+
+
+async def test_an_exhausted_pool_is_widened_while_everything_runs(domain: Domain) -> None:
+    """By an agent with a higher revision that takes over: every id there was is issued and stays so, then
+    those above are."""
+    narrow = {"name": POOL, "bits": 12, "block_bits": 8, "slots": 256}
+    wide = narrow | {"bits": 13, "revision": 2}
+    async with AsyncExitStack() as stack:
+        async with domain.agent(pools=[narrow]):
+            demux = await stack.enter_async_context(demux_of(domain))
+            pool = await stack.enter_async_context(pod(domain, "amf-1"))
+            ids: list[int] = []
+            with pytest.raises(PoolExhausted):
+                await take_all(pool, ids)
+            assert sorted(ids) == list(range(1, 2**12))
+            widened = await stack.enter_async_context(running(domain.settings(pools=[wide])))
+        await within(widened.leader.leading.wait())
+        await eventually(lambda: pool.definition.bits == 13)
+        async with asyncio.timeout(SEEN_SECONDS):
+            while (
+                len(ids) < 2**13 - 1
+            ):  # a chunk granted before the definition came is taken up a little later
+                with pytest.raises(PoolExhausted):
+                    await take_all(pool, ids)
+        assert sorted(ids) == list(range(1, 2**13))
+        assert all(pool.valid(id_) for id_ in ids)
+        await eventually(lambda: {demux.owner(id_) for id_ in ids} == {pool.owner(1)})
 
 
 def drsm_of(domain: Domain, name: str) -> Drsm:
