@@ -462,7 +462,8 @@ class Requests:
         """Start the liveness lease anew, before the answer that promises it leaves (rule R2); returns what
         the answer may promise, in milliseconds."""
         self._hearing.heard()
-        lease = self._leases.effective_liveness(len(self._liveness))
+        pods = len(self._liveness) + (key not in self._liveness)  # as the renewal period counts them
+        lease = self._leases.effective_liveness(pods)
         if not self._liveness.extend(key, self._clock() + lease):
             raise _lost(self._liveness.ending(key) or "expired")
         return _ms(holder_duration(lease))
