@@ -397,7 +397,7 @@ class Session:
     # --- disagreement ---------------------------------------------------------------------------
 
     def _compare(self, life: Life, said: dict[str, tuple[int, int]]) -> None:
-        differs = any(said[name] != member.held() for name, member in self.members.items() if name in said)
+        differs = any(said.get(name, (0, 0)) != member.held() for name, member in self.members.items())
         life.strikes = life.strikes + 1 if differs else 0
         if life.strikes >= STRIKES:
             life.unsettled.set()
@@ -414,6 +414,7 @@ class Session:
             subject = self.subjects.session("chunks")
             try:
                 answer = await self.ask(life, subject, request, wire.SessionChunks, CHUNKS_TIMEOUT)
+                await self._join_forgotten(life, answer.body)
             except DrsmError as error:
                 log.info("the agent did not say which chunks this pod has: %s", error)
                 life.unsettled.set()
@@ -423,6 +424,13 @@ class Session:
             await asyncio.sleep(backoff.delay())
             if not life.strikes:
                 backoff.reset()
+
+    async def _join_forgotten(self, life: Life, said: wire.SessionChunks) -> None:
+        """A restored database may not know that this session has joined a pool: then nothing is compared, and
+        while a pod holds what its session may not, no allocation lease is renewed."""
+        for name in sorted(self.members.keys() - said.version.keys() - life.missing):
+            with contextlib.suppress(BadRequest):  # of a pool that was taken off the list
+                await self.join(life, name)
 
     def _follow(self, said: wire.SessionChunks, stamp: wire.Stamp) -> None:
         for name, member in self.members.items():

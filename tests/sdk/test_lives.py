@@ -129,6 +129,20 @@ async def test_a_pool_that_is_there_no_more_keeps_the_pod_out_of_no_other(
         assert gone.valid(id_)
 
 
+async def test_a_pool_that_the_agent_has_forgotten_is_joined_again_without_a_need_for_chunks() -> None:
+    """A restored database may not know of it, and a pod whose lease is not renewed asks for nothing: it would
+    never agree with the agent again."""
+    async with Domain(SMALL) as domain, domain.drsm(AMF_1) as drsm:
+        pool = await drsm.join(POOL)
+        await eventually(lambda: pool.stats.free >= pool.stats.wanted)
+        held = pool.held()
+        (session,) = domain._agent.sessions.values()
+        session.pools.clear()
+        await eventually(lambda: POOL in session.pools)
+        assert pool.held() == held
+        assert pool.allocate_nowait() is not None
+
+
 async def test_a_pod_joins_no_more_pools_than_a_session_may_have() -> None:
     """It would be refused when the next session is opened, and that one would never be."""
     names = [f"pool-{i}" for i in range(POOLS_PER_SESSION_MAX + 1)]
