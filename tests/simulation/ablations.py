@@ -278,10 +278,10 @@ ABLATIONS: tuple[Ablation, ...] = (
         "G1",
         RETURNING,
         ((Restorer, "may_issue", lambda *_, **__: True),),
-        hint=1,
+        hint=17,
     ),
     Ablation(
-        "grants go on at once after a restore", "G1", RESTORES, ((Grants, "left", lambda _: 0.0),), hint=24
+        "grants go on at once after a restore", "G1", RESTORES, ((Grants, "left", lambda _: 0.0),), hint=27
     ),
     Ablation(
         "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=160
@@ -322,7 +322,7 @@ ABLATIONS: tuple[Ablation, ...] = (
     ),
     Ablation("a leader speaks without a lead", "R2", LEADERS, ((Lead, "check", _no_check),), hint=0),
     Ablation(
-        "no grace after a change of leader", "R6", LEADERS, ((Leader, "_full_leases", _no_grace),), hint=9
+        "no grace after a change of leader", "R6", LEADERS, ((Leader, "_full_leases", _no_grace),), hint=3
     ),
     Ablation(
         "a death is written whatever the term",
@@ -397,7 +397,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "R6",
         LEADERS,
         ((Relay, "publish_log", _taken_for_published),),
-        hint=10,
+        hint=8,
     ),
     Ablation("answers before the event is out", "G4", RESTLESS, ((Relay, "caught_up", _at_once),), hint=2),
     Ablation(
