@@ -298,7 +298,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "5",
         INHERITANCE,
         ((Stock, "_release_closed", _release_counts_at_once),),
-        hint=7,
+        hint=21,
     ),
     Ablation(
         "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=9

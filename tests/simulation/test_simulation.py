@@ -23,7 +23,7 @@ from tests.simulation.world import ANY, FAULTS
 
 SEEDS = 300
 SEEDS_OF_A_PROFILE = 2
-SEEDS_OF_WRONG_CLOCKS = 12
+SEEDS_OF_WRONG_CLOCKS = 8
 """Enough for some pods to be declared dead while they count on their lease, and to hear of it in time."""
 ABLATION_SEEDS = 300
 """A safeguard that is missing shows within so many seeds; most of them within twenty."""

@@ -598,11 +598,12 @@ class World:
         try:
             if not pool.valid(item, space=space):
                 return  # somebody else serves it now
+            if self.contexts.get(id_, context) is not context:
+                return  # its former owner, not knowing of the claim yet, let go of it and issued it again
             pool.release(item, space=space)
         except (NotOwner, NotAllocated):
             return
-        if self.contexts.get(id_) is context:  # else another session has the id by now
-            del self.contexts[id_]
+        self.contexts.pop(id_, None)
         self.observer.release(id_, context.issue)
 
     async def _hear(self, actor: PodActor, pool: Any) -> None:
