@@ -1,6 +1,7 @@
 """Snapshots on real servers: large ones while events flow, and many askers at once."""
 
 import asyncio
+import gc
 import logging
 import os
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 from drsm_agent.core import writes
 from drsm_agent.core.documents import Owner
 from drsm_agent.embedded import Scratch, start_nats_server
+from drsm_agent.metrics import Metrics
+from drsm_agent.snapshots import _Encoded
 from drsm_sdk import Demux, Drsm, Pod
 from drsm_sdk.wire import messages as m
 from tests.acceptance.test_original_list import pod_process
@@ -18,7 +21,9 @@ from tests.harness import (
     POOL,
     Domain,
     demuxes_equal_mongodb,
+    eventually,
     mongo_client,
+    raw,
     requester,
     within,
 )
@@ -29,6 +34,8 @@ DEMUXES = int(os.environ.get("DEMUXES", "100"))
 """That are cut off at once; `docs/performance.md` has what 500 take."""
 CHUNKS = 5000
 OWNERS = 200
+WAVES, ASKERS = 5, 50
+LIVENESS = 3.0
 
 
 async def test_a_snapshot_is_of_one_version_while_all_chunks_change_their_owner(domain: Domain) -> None:
@@ -98,6 +105,51 @@ async def test_demuxes_that_lost_their_server_all_at_once_do_not_keep_the_agent_
         sync = len(asking.of(m.Sync))
         await asking.seen(lambda: len(asking.of(m.Sync)) > sync)
         assert {event.pod.name for event in asking.of(m.PodDown)} <= {"late"}
+
+
+async def test_askers_that_are_gone_keep_no_pages_and_hold_up_no_renewal(domain: Domain) -> None:
+    """Demuxes that crash while they start: each asks for many pages, at another version of the table, and
+    closes its connection. A renewal is answered before all of them are, and only the last snapshot's pages
+    are kept."""
+    owners = [Owner(f"amf-{i:059d}." + "x" * 63 + "." + "y" * 63, "", "nf", 1 + i) for i in range(1000)]
+    inserts = [writes.allocate(POOL, n, owners[n % 1000], f"{n:016x}", "") for n in range(CHUNKS)]
+    async with Scratch() as scratch, mongo_client(domain) as client, AsyncExitStack() as entered:
+        chunks = client[domain.database][POOL]
+        await chunks.insert_many([insert.document for insert in inserts])
+        server = await start_nats_server(scratch, config="max_payload: 131072")
+        small = Domain(domain.mongo_url, server.url, domain.database, domain.prefix)
+        asking = await entered.enter_async_context(requester(server.url, domain.prefix))
+        agent = await entered.enter_async_context(small.agent(pools=[{"name": POOL}, {"name": "other"}]))
+        assert len(await asking.snapshot()) >= 5
+        pod = (await asking.open("amf-1", pools=("other",))).incarnation
+        subject, before = asking.subjects.pool(POOL, "snapshot"), _kept()
+        answered = _snapshots_answered(agent.metrics)
+        for wave in range(WAVES):
+            news = writes.allocate(POOL, CHUNKS + wave, owners[0], f"{wave:016x}", "")
+            await chunks.insert_one(news.document)
+            await asking.seen(lambda: len(asking.of(m.ChunkAllocated)) > wave)  # noqa: B023
+            ask = f"SUB gone 1\r\nPUB {subject} gone 0\r\n\r\n".encode()
+            await asyncio.gather(*[raw(server.url, ask) for _ in range(ASKERS)])
+            await within(asking.renew("amf-1", pod), LIVENESS)
+            assert _snapshots_answered(agent.metrics) < answered + ASKERS
+            answered += ASKERS
+            await eventually(lambda: _snapshots_answered(agent.metrics) == answered)  # noqa: B023
+        assert _kept() <= before
+
+
+def _snapshots_answered(metrics: Metrics) -> int:
+    """Those that were refused too."""
+    samples = [sample for metric in metrics.requests.collect() for sample in metric.samples]
+    return sum(
+        int(sample.value)
+        for sample in samples
+        if sample.name.endswith("_total") and sample.labels["verb"] == "snapshot"
+    )
+
+
+def _kept() -> int:
+    gc.collect()
+    return sum(isinstance(thing, _Encoded) for thing in gc.get_objects())
 
 
 async def _all_know(demuxes: list[Demux], missed: int) -> None:
