@@ -5,12 +5,11 @@ Nothing can be awaited of what stands still, so how long a fault lasts is slept.
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 from drsm_agent.embedded import NatsServer, Process
 from tests.fault.link import Link
-from tests.fault.world import CUTTABLE, A, L, World
+from tests.fault.world import CUTTABLE, A, Fault, L, Strike, World
 
 SHORT = 3.0
 """Longer than `T` and `L`: what is cut off is taken over, and could be declared dead."""
@@ -23,15 +22,8 @@ LAME_DUCK = 5.0
 assert HALF_OPEN < A / 2
 assert L < SHORT
 
-Strike = Callable[[World], Awaitable[None]]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """`may_lose`: pods that must lose their session by it, as they are away for longer than `L`."""
-
-    strike: Strike
-    may_lose: frozenset[str] = frozenset()
+KILLED, TERMINATED = -signal.SIGKILL, 0
+"""How an agent ends that was sent SIGKILL, and one that was sent SIGTERM."""
 
 
 async def _paused(processes: Iterable[Process], seconds: float) -> None:
@@ -200,22 +192,22 @@ def late(link: Link) -> None:
 FAULTS: dict[str, Fault] = {
     "MongoDB primary killed": Fault(mongo_primary_killed),
     "MongoDB primary steps down": Fault(mongo_primary_steps_down),
-    "MongoDB primary paused": Fault(mongo_primary_paused),
+    "MongoDB primary paused": Fault(mongo_primary_paused, may_starve=True),
     "MongoDB secondary killed": Fault(mongo_secondary_killed),
-    "MongoDB majority paused": Fault(mongo_majority_gone),
-    "MongoDB all paused": Fault(mongo_all_paused),
-    "MongoDB all killed": Fault(mongo_all_killed),
+    "MongoDB majority paused": Fault(mongo_majority_gone, may_starve=True),
+    "MongoDB all paused": Fault(mongo_all_paused, may_starve=True),
+    "MongoDB all killed": Fault(mongo_all_killed, may_starve=True),
     "NATS all killed": Fault(nats_all_killed),
-    "NATS all paused (half-open)": Fault(nats_all_paused),
+    "NATS all paused (half-open)": Fault(nats_all_paused, may_starve=True),
     "NATS one of three killed": Fault(nats_one_of_three_killed),
     "NATS one of three paused": Fault(nats_one_of_three_paused),
     "NATS lame duck": Fault(nats_lame_duck),
-    "leader killed": Fault(leader_killed),
-    "leader terminated": Fault(leader_terminated),
+    "leader killed": Fault(leader_killed, exits=(KILLED,)),
+    "leader terminated": Fault(leader_terminated, exits=(TERMINATED,)),
     "leader paused and back": Fault(leader_paused),
     "standby paused and back": Fault(standby_paused),
-    "all agents killed": Fault(all_agents_killed),
-    "rolling update": Fault(rolling_update),
+    "all agents killed": Fault(all_agents_killed, exits=(KILLED, KILLED), may_starve=True),
+    "rolling update": Fault(rolling_update, exits=(TERMINATED, TERMINATED)),
     "leader cut from MongoDB": Fault(leader_cut(MONGO, Link.cut)),
     "leader cut from NATS": Fault(leader_cut(NATS, Link.cut)),
     "leader cut from both": Fault(leader_cut(BOTH, Link.cut)),
@@ -226,6 +218,6 @@ FAULTS: dict[str, Fault] = {
     "leader far from both (0.2 s)": Fault(leader_cut(BOTH, late)),
     "leader's connections to MongoDB reset": Fault(leader_cut(MONGO, Link.reset)),
     "leader's connections to NATS reset": Fault(leader_cut(NATS, Link.reset)),
-    "two pods cut from NATS": Fault(pods_cut, frozenset(f"amf-{i}" for i in range(CUTTABLE))),
+    "two pods cut from NATS": Fault(pods_cut, may_lose=frozenset(f"amf-{i}" for i in range(CUTTABLE))),
     "two pods' connections reset": Fault(pods_reset),
 }

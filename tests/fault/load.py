@@ -11,17 +11,27 @@ from drsm_sdk.changes import Lost, Missed, SessionLost
 from drsm_sdk.errors import AgentUnavailable, DrsmError, NotAllocated, NotOwner, PoolEmpty
 from drsm_sdk.errors import SessionLost as SessionIsLost
 from drsm_sdk.scan import InUse
+from drsm_sdk.stock import Chunk
 from drsm_sdk.wire.space import Item
 
 BEAT = 0.05
 HELD = 40
-"""Ids that a pod keeps: nearly all of a chunk of 50, so that each burst has to ask for chunks."""
-BURST = 60
-BURST_CHANCE = 0.01
+"""Ids that a pod keeps: nearly all of a chunk of 50."""
+BURST_CHANCE = 0.004
+BEYOND = 10
+"""Ids that a burst takes after all that were in stock: it has to wait for a fresh chunk."""
+STOCK_MAX = 1000
+"""With more in stock there is no burst, or the pools would run out: each one lets the stock grow by a chunk
+or two, and a chunk goes back when nothing was issued from it for a minute."""
+PATIENCE = 10.0
+"""Seconds that an application waits for an id when its pod has none in stock. A request that reached a leader
+which then died costs the SDK 5 s, before it asks again."""
 
 
 Id = tuple[str, str, Item]
 """The pool, the space, and the id in it."""
+Drawn = dict[str, Item]
+"""Of each space one id, all of one chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +51,16 @@ class Record:
     in_use: dict[Id, Issue] = field(default_factory=dict)
     orphaned: set[Id] = field(default_factory=set)
     issued: int = 0
-    empty: int = 0
+    waited: int = 0
+    """How often a pod had nothing in stock and waited, and how often in vain."""
+    starved: int = 0
+    longest_wait: float = 0.0
     wrong: list[str] = field(default_factory=list)
     lost: Counter[str] = field(default_factory=Counter)
     may_lose: frozenset[str] = frozenset()
     """Pods that a fault keeps away for longer than `L`: the agents must declare them dead."""
+    may_starve: bool = False
+    """Whether a fault may last longer than anybody waits for an id."""
 
     def issue(self, issue: Issue) -> None:
         self.issued += 1
@@ -82,8 +97,10 @@ class LoadedPod:
 
     async def _work(self) -> None:
         while True:
-            for _ in range(BURST if self._random.random() < BURST_CHANCE else 1):
-                if not self._issue():
+            free = self._pool.stats.free
+            burst = self._random.random() < BURST_CHANCE and free <= STOCK_MAX
+            for _ in range(free + BEYOND if burst else 1):
+                if not await self._issue():
                     break
             while len(self._mine) > HELD:
                 for id_ in self._mine.popleft():
@@ -93,25 +110,19 @@ class LoadedPod:
                 self._release(id_)
             await asyncio.sleep(BEAT * self._random.uniform(0.5, 1.5))
 
-    def _issue(self) -> bool:
-        several = bool(self._pool.definition.spaces)
+    async def _issue(self) -> bool:
         try:
-            drawn = (
-                self._pool.allocate_set_nowait()
-                if several
-                else {self._pool.name: self._pool.allocate_nowait()}
-            )
-        except PoolEmpty:
-            self._record.empty += 1
-            if not several and (free := self._pool.stats.free):
-                self._record.wrong.append(f"{self.name}: PoolEmpty with {free} ids in stock")
-            return False
+            drawn = self._draw()
+            if drawn is None:
+                drawn = await self._wait_for_stock()
         except (AgentUnavailable, SessionIsLost) as error:
             if self.name not in self._record.may_lose:
                 self._record.wrong.append(f"{time.time():.1f} {self.name} could not allocate: {error!r}")
             return False
         except DrsmError as error:
             self._record.wrong.append(f"{self.name}: {error!r}")
+            return False
+        if drawn is None:
             return False
         grants = {self._pool.grant(item, space=space) for space, item in drawn.items()}
         if len(grants) > 1:
@@ -121,6 +132,37 @@ class LoadedPod:
             self._record.issue(Issue(id_, self.name, self._drsm.incarnation, grants.copy().pop()))
         self._mine.append(ids)
         return True
+
+    def _draw(self) -> Drawn | None:
+        """An id, or one of each space; None when there is no stock, which is looked at."""
+        try:
+            if self._several:
+                return self._pool.allocate_set_nowait()
+            return {self._pool.name: self._pool.allocate_nowait()}
+        except PoolEmpty:
+            if could := [chunk.n for chunk in self._pool._stock if chunk.open and _serves(chunk)]:
+                self._record.wrong.append(f"{self.name}: PoolEmpty though chunks {could} have free ids")
+            return None
+
+    async def _wait_for_stock(self) -> Drawn | None:
+        """None where there need be nothing, as the fault may last longer than anybody waits."""
+        self._record.waited += 1
+        may_starve, begin = self._record.may_starve, time.monotonic()
+        try:
+            if self._several:
+                return await self._pool.allocate_set(timeout=PATIENCE)
+            return {self._pool.name: await self._pool.allocate(timeout=PATIENCE)}
+        except (PoolEmpty, AgentUnavailable):
+            if may_starve or self._record.may_starve or self.name in self._record.may_lose:
+                self._record.starved += 1
+                return None
+            raise
+        finally:
+            self._record.longest_wait = max(self._record.longest_wait, time.monotonic() - begin)
+
+    @property
+    def _several(self) -> bool:
+        return bool(self._pool.definition.spaces)
 
     def _is_mine(self, id_: Id) -> bool:
         pool, space, item = id_
@@ -150,3 +192,8 @@ class LoadedPod:
                     self._record.wrong.append(f"{self.name} was too slow for {count} changes")
                 case _:
                     pass
+
+
+def _serves(chunk: Chunk) -> bool:
+    """Whether it has a free id of each space."""
+    return all(block.free for block in chunk.blocks)

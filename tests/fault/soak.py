@@ -21,9 +21,8 @@ async def soak(w: World, *, seconds: float, every: float, seed: int) -> list[str
     over = time.monotonic() + seconds
     while (began := time.monotonic()) < over:
         name = chance.choice(list(FAULTS))
-        fault = FAULTS[name]
         try:
-            row = await w.strike(name, fault.strike, may_lose=fault.may_lose)
+            row = await w.strike(name, FAULTS[name])
             said = f"{name}: outage {row.outage:.1f} s, healed after {row.demuxes_after_end:.1f} s"
             sys.stderr.write(f"{time.strftime('%T')} {said}, {row.rss_mib} MiB, {row.issued} ids\n")
         except (AssertionError, TimeoutError) as error:
