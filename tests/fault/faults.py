@@ -133,9 +133,11 @@ async def all_agents_killed(w: World) -> None:
 
 
 async def rolling_update(w: World) -> None:
-    """As a Deployment does it: the next one goes when the last one's successor is ready."""
+    """As a Deployment does it: the next one goes when the last one's successor is ready. No pod has anything
+    in stock when one goes."""
     for agent in w.agents:
         lives = len(agent.exits)
+        w.record.bursts += 1
         agent.process._signal(signal.SIGTERM)
         async with asyncio.timeout(20):
             while len(agent.exits) == lives or await agent.ready():

@@ -61,6 +61,8 @@ class Record:
     """Pods that a fault keeps away for longer than `L`: the agents must declare them dead."""
     may_starve: bool = False
     """Whether a fault may last longer than anybody waits for an id."""
+    bursts: int = 0
+    """How often all pods were told to take all that they have in stock, and more."""
 
     def issue(self, issue: Issue) -> None:
         self.issued += 1
@@ -96,9 +98,12 @@ class LoadedPod:
             tasks.create_task(self._listen())
 
     async def _work(self) -> None:
+        told = self._record.bursts
         while True:
             free = self._pool.stats.free
             burst = self._random.random() < BURST_CHANCE and free <= STOCK_MAX
+            if told != self._record.bursts:
+                told, burst = self._record.bursts, True
             for _ in range(free + BEYOND if burst else 1):
                 if not await self._issue():
                     break
