@@ -21,7 +21,7 @@ class Link:
     """Carries between clients and the server at `host:port` `server`; listens at `address`."""
 
     def __init__(self, server: str) -> None:
-        self._server = server
+        self.server = server
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.names: Mapping[bytes, bytes] = {}
@@ -75,7 +75,7 @@ class Link:
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await self._there.wait()
-        host, port = self._server.split(":")
+        host, port = self.server.split(":")
         try:
             server_reader, server_writer = await asyncio.open_connection(host, int(port))
         except OSError:

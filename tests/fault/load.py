@@ -17,12 +17,12 @@ from drsm_sdk.wire.space import Item
 BEAT = 0.05
 HELD = 40
 """Ids that a pod keeps: nearly all of a chunk of 50."""
-BURST_CHANCE = 0.004
+BURST_CHANCE = 0.001
 BEYOND = 10
 """Ids that a burst takes after all that were in stock: it has to wait for a fresh chunk."""
-STOCK_MAX = 1000
-"""With more in stock there is no burst, or the pools would run out: each one lets the stock grow by a chunk
-or two, and a chunk goes back when nothing was issued from it for a minute."""
+STOCK_MAX = 300
+"""With more in stock there is no burst, or the pools would run out: the SDK keeps what such a pace would need
+for a minute, which is six times as much, and chunks go back only when it has forgotten that."""
 PATIENCE = 10.0
 """Seconds that an application waits for an id when its pod has none in stock. A request that reached a leader
 which then died costs the SDK 5 s, before it asks again."""
@@ -62,7 +62,7 @@ class Record:
     may_starve: bool = False
     """Whether a fault may last longer than anybody waits for an id."""
     bursts: int = 0
-    """How often all pods were told to take all that they have in stock, and more."""
+    """How often all pods were told to take all that they have in stock, and more, if that is not too much."""
 
     def issue(self, issue: Issue) -> None:
         self.issued += 1
@@ -101,10 +101,9 @@ class LoadedPod:
         told = self._record.bursts
         while True:
             free = self._pool.stats.free
-            burst = self._random.random() < BURST_CHANCE and free <= STOCK_MAX
-            if told != self._record.bursts:
-                told, burst = self._record.bursts, True
-            for _ in range(free + BEYOND if burst else 1):
+            burst = self._random.random() < BURST_CHANCE or told != self._record.bursts
+            told = self._record.bursts
+            for _ in range(free + BEYOND if burst and free <= STOCK_MAX else 1):
                 if not await self._issue():
                     break
             while len(self._mine) > HELD:

@@ -29,6 +29,6 @@ async def test_a_fault_costs_no_allocation_and_leaves_nothing_behind(broken: Wor
     row = await broken.strike(name, fault)
     assert row.issued > 0
     if name == "rolling update":
-        assert row.waited >= PODS  # or it was nothing that no allocation failed
+        assert row.waited >= PODS // 4  # or it was nothing that no allocation failed
     if fault.may_lose:
         assert row.sessions_lost == len(fault.may_lose)

@@ -1,4 +1,4 @@
-"""A world to break: three mongods, three nats-servers, two agents as processes, 20 busy pods, two demuxes.
+"""A world to break: three mongods, three nats-servers, two agents as processes, 20 busy pods, four demuxes.
 
 One world serves many faults; `strike` breaks it, waits until it is whole again, and judges. Each agent has
 links of its own to every server, and so have the pods that can be cut off; everybody else goes directly.
@@ -25,6 +25,7 @@ from pymongo.errors import PyMongoError
 from drsm_agent.embedded import Mongod, NatsServer, Process, Scratch, start_nats_server, start_replica_set
 from drsm_agent.embedded.server import free_port
 from drsm_sdk import Demux, Drsm, Pod
+from drsm_sdk.nats_transport import NatsTransport
 from drsm_sdk.wire import messages as m
 from drsm_sdk.wire.subjects import Subjects
 from tests.fault.link import Link
@@ -264,6 +265,7 @@ class World:
         self.agents: list[AgentSlot] = []
         self._churns: list[Churn] = []
         self.pod_links: list[Link] = []
+        self._transports: dict[str, NatsTransport] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._born_mib: dict[int, float] = {}
         """What each agent's process took when it was first looked at."""
@@ -311,7 +313,9 @@ class World:
 
     async def _pod(self, name: str, urls: list[str], seed: int) -> None:
         pod = Pod(name, f"10.0.0.{seed + 1}", "nf")
-        drsm = await self._stack.enter_async_context(Drsm.connect(urls, pod, prefix=PREFIX, timeout=20))
+        transport = self._transports[name] = NatsTransport(urls)
+        connected = Drsm.connect(urls, pod, prefix=PREFIX, timeout=20, transport=transport)
+        drsm = await self._stack.enter_async_context(connected)
         used = USED_BY[seed % len(USED_BY)]
         pool = await drsm.join(used, in_use=self.record.scan_of(used))
         self._run(LoadedPod(drsm, pool, self.record, seed).run())
@@ -365,6 +369,22 @@ class World:
             link.heal()
 
     # --- what faults use --------------------------------------------------------------------------
+
+    def pods_on(self, server: NatsServer) -> frozenset[str]:
+        """The pods that are connected to a server, directly or by their link."""
+        addresses = {
+            server.address,
+            *(link.address for link in self.pod_links if link.server == server.address),
+        }
+        return frozenset(
+            name
+            for name, transport in self._transports.items()
+            if (client := transport._client) and (url := client.connected_url) and url.netloc in addresses
+        )
+
+    def busiest_nats(self) -> NatsServer:
+        """The server with most pods."""
+        return max(self.nats, key=lambda server: len(self.pods_on(server)))
 
     async def leader(self) -> AgentSlot:
         """The agent that the leader's record names."""
