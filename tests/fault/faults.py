@@ -206,7 +206,7 @@ FAULTS: dict[str, Fault] = {
     "NATS all killed": Fault(nats_all_killed),
     "NATS all paused (half-open)": Fault(nats_all_paused, may_starve=True),
     "NATS one of three killed": Fault(nats_one_of_three_killed),
-    "NATS one of three paused": Fault(nats_one_of_three_paused),
+    "NATS one of three paused": Fault(nats_one_of_three_paused, may_starve=True),
     "NATS lame duck": Fault(nats_lame_duck),
     "leader killed": Fault(leader_killed, exits=(KILLED,)),
     "leader terminated": Fault(leader_terminated, exits=(TERMINATED,)),

