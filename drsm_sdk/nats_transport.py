@@ -328,11 +328,15 @@ class NatsTransport:
         self._first.set()
 
     def _next_server(self, servers: list[Server], _info: dict[str, Any]) -> tuple[Server, float]:
-        """The server that failed least, and how long to wait before trying it: hardly the first time, and
-        with jitter, so that a thousand clients do not come back together."""
+        """The server that failed least, among equals not the one that was just lost (it may hang), and how
+        long to wait before trying it: hardly the first time, and with jitter, so that a thousand clients do
+        not come back together."""
         with contextlib.suppress(AttributeError):  # nats-py leaves the socket of a failed try open
             self._client._transport.close()  # type: ignore[union-attr]
-        server = min(servers, key=lambda server: server.reconnects)
+        lost = self._client._current_server if self._client is not None else None
+        server = min(
+            servers, key=lambda server: (server.reconnects, lost is not None and server.uri == lost.uri)
+        )
         longest = min(RECONNECT_FIRST * 2.0 ** min(server.reconnects, 16), RECONNECT_MOST)
         return server, longest / 2 + self.chance.below(longest / 2)
 

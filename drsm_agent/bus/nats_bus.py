@@ -281,14 +281,16 @@ class NatsBus:
             raise BusUnavailable("NATS is not connected")
 
     def _next_server(self, servers: list[Any], _info: Any) -> tuple[Any, float]:
-        """The server that failed least (one that hangs costs a time-out with each try), and a random wait, so
-        that a thousand clients do not return at once."""
+        """The server that failed least (one that hangs costs a time-out with each try), among equals not the
+        one that was just lost; and a random wait, so that a thousand clients do not return at once."""
         with contextlib.suppress(AttributeError):  # nats-py leaves the socket of a failed try open
             self._client._transport.close()  # type: ignore[union-attr]
         attempts = min((server.reconnects for server in servers), default=0)
         longest = min(RECONNECT_WAIT_MAX, 0.1 * 2 ** min(attempts, 5))
         likely = [server for server in servers if server.reconnects == attempts]
-        return random.choice(likely), random.uniform(0, longest)
+        lost = self._client._current_server
+        others = [server for server in likely if lost is None or server.uri != lost.uri]
+        return random.choice(others or likely), random.uniform(0, longest)
 
     # Callbacks are awaited in nats-py's read loop: they never wait and never raise.
 
