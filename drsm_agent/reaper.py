@@ -183,7 +183,7 @@ class Reaper:
     # --- Step two: chunks -------------------------------------------------------------------------
 
     async def _claim_orphans(self) -> None:
-        if self._grants.left() > 0:
+        if not self._grants.allowed():
             return
         for pool in self._table.pools.values():
             placed = plan(self._claimable(pool), self._living(pool))

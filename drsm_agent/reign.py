@@ -19,13 +19,18 @@ from drsm_sdk.wire.messages import Use
 
 
 class Grants:
-    """Whether this leader may grant and claim: not while chunks that look free may be in use."""
+    """Whether this leader may grant and claim: not while chunks that look free may be in use, nor while it is
+    `restoring`, as a chunk that is granted then would be taken for one that its pod does not hold."""
 
     def __init__(self, clock: Clock, wait: float = 0.0) -> None:
         self._clock, self._from = clock, clock() + wait
+        self.restoring = False
+
+    def allowed(self) -> bool:
+        return not self.restoring and self.left() <= 0
 
     def left(self) -> float:
-        """Seconds until it may; 0 or less when it may now."""
+        """Seconds until chunks that look free are free; 0 or less when they are now."""
         return self._from - self._clock()
 
     def put_off(self, seconds: float) -> None:

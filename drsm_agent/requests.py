@@ -174,7 +174,7 @@ class Requests:
 
     async def acquire(self, pool: PoolTable, request: m.Acquire) -> m.Acquired:
         session = await self._member(pool, request.pod, request.incarnation)
-        if self._grants.left() > 0:
+        if not self._grants.allowed():
             message = "the database lost documents: nothing is granted while their chunks may be in use"
             raise Refused("store_unavailable", message, reason="data_lost", retry=True)
         wanted = _Wanted(session.owner, request.count, request.request_id)

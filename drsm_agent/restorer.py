@@ -41,7 +41,7 @@ class Restorer:
         allocation_ms = round(reign.leases.allocation * 1000)
         sessions = reign.table.sessions.values()
         self.longest_ms = restored.longest(allocation_ms, sessions) if restored else allocation_ms
-        self._open = restored is not None and restored.open
+        self._open = self._grants.restoring = restored is not None and restored.open
         self._issue_from = self._clock() + self.longest_ms / 1000 if self._open else float("-inf")
         self._said: dict[Key, set[tuple[str, int, str]]] = defaultdict(set)
         self._complete: set[Key] = set()
@@ -139,7 +139,7 @@ class Restorer:
             reports, ours = self._reports[pool.name], self._ours[pool.name]
             await self._write(pool, list(restore.left_over(pool, reports, self._complete, ours)))
         await self._relay.write_unseen([restore.close(restored)])
-        self._open = False
+        self._open = self._grants.restoring = False
         accepted = sum(map(len, self._accepted.values()))
         log.info("restored", pods=len(self._said), put_back=accepted)
 

@@ -281,10 +281,14 @@ ABLATIONS: tuple[Ablation, ...] = (
         hint=17,
     ),
     Ablation(
-        "grants go on at once after a restore", "G1", RESTORES, ((Grants, "left", lambda _: 0.0),), hint=27
+        "grants go on at once after a restore",
+        "G1",
+        RESTORES,
+        ((Grants, "allowed", lambda _: True),),
+        hint=8,
     ),
     Ablation(
-        "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=160
+        "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=159
     ),
     Ablation(
         "a mark is forgotten when its owner closes",

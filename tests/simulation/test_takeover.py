@@ -3,65 +3,20 @@ takes time but the network.
 """
 
 import asyncio
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from drsm_agent import settings
-from drsm_agent.service import Agent, stored_settings
-from drsm_agent.store.stored import ensure_stored
 from tests.harness import POOL
-from tests.simulation.database import Database, View
-from tests.simulation.loop import Node, VirtualLoop, run
-from tests.simulation.network import CALM, AgentBus, Network
-from tests.simulation.world import AgentChance
+from tests.simulation.loop import VirtualLoop, run
+from tests.simulation.standing import Standing
 
 AFTER_A_CRASH = 1.0
 """Seconds beyond `T` until another agent serves."""
 AFTER_SIGTERM = 0.5
 MOMENTS = 20
 """The leader ends at so many moments of its lease, each in a world of its own."""
-
-
-class Standing:
-    """Two or more agents of one domain, each a process of its own."""
-
-    def __init__(self, seed: int, leader_ttl: float) -> None:
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, VirtualLoop)
-        self.loop, self.chance = loop, random.Random(seed)
-        environment = Node(loop, "world")
-        self.network = Network(environment, self.chance, CALM)
-        self.database = Database([POOL], environment, self.chance)
-        self.network.calm = self.database.calm = True
-        self.settings = settings.load(
-            nats_url="nats://simulated:4222",
-            mongo_url="mongodb://simulated/?replicaSet=rs0",
-            mongo_database="simulated",
-            pools=[{"name": POOL}],
-            leader_ttl=leader_ttl,
-            liveness_ttl=max(3.0, leader_ttl),
-        )
-        self.agents: dict[str, tuple[Node, Agent, asyncio.Task[None]]] = {}
-
-    async def start(self, name: str) -> Agent:
-        node = Node(self.loop, name)
-        bus, view = AgentBus(self.network, node), View(self.database, node)
-        bus.connection.open()
-        await node.start(ensure_stored(view, stored_settings(self.settings)))
-        chance = AgentChance(random.Random(self.chance.getrandbits(64)))
-        agent = Agent(
-            self.settings, view, bus, clock=self.loop.time, wall_clock=self.loop.time, chance=chance
-        )
-        agent.name = name
-        self.agents[name] = (node, agent, node.start(agent.run()))
-        return agent
-
-    async def end(self) -> None:
-        for node, _, _ in self.agents.values():
-            await node.bury()
 
 
 @contextmanager
@@ -72,7 +27,7 @@ def timed(loop: VirtualLoop, most: float) -> Iterator[None]:
 
 
 async def _ends(seed: int, leader_ttl: float, *, crash: bool) -> None:
-    standing = Standing(seed, leader_ttl)
+    standing = Standing(seed, [{"name": POOL}], leader_ttl=leader_ttl, liveness_ttl=max(3.0, leader_ttl))
     try:
         first = await standing.start("first")
         await first.leader.leading.wait()
