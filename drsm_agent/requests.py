@@ -127,9 +127,10 @@ class Requests:
         held = {pool: self._held(pool, session.key) for pool in session.pools if pool in self._table.pools}
         if use := {pool: use for pool, use in request.use.items() if pool in held}:
             self._use[session.key] = use
+        said = {pool: chunks for pool, chunks in request.held.items() if self._restorer.counts(pool)}
         return m.Renewed(
             liveness_ms=liveness_ms,
-            allocation_ms=self._allocation_ms(session, agrees=_agree(request.held, held)),
+            allocation_ms=self._allocation_ms(session, agrees=_agree(said, held)),
             renew_ms=_ms(self._renew_period()),
             held=held,
             give_back=self._asked_back(session),

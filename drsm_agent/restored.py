@@ -27,6 +27,7 @@ async def announce_restored(store: Store, leader_ttl: float, allocation_ms: int)
         term=await _highest_term(store, sessions, before) + TERMS_AHEAD,
         incarnation=max((session.incarnation for session in sessions), default=0),
         allocation_ms=max(_stored_allocation(settings), allocation_ms, before.allocation_ms if before else 0),
+        unsettled=_pools(settings, before),
     )
     if not (await store.write([announce(before, restored)])).changed:
         raise Misconfigured(
@@ -42,6 +43,12 @@ async def _highest_term(store: Store, sessions: Sequence[Session], before: Resto
     for space in (writes.LEADER, writes.POSITION, STAMPS):
         terms += [int(document.get("term", 0)) for document in await store.read(space)]
     return max(terms)
+
+
+def _pools(settings: Sequence[Document], before: Restored | None) -> tuple[str, ...]:
+    """All that pods may hold chunks of which were taken from them in the time that was lost."""
+    listed = {pool for d in settings if d["_id"] == "settings" for pool in d.get("pools", ())}
+    return tuple(sorted(listed.union(before.unsettled if before else ())))
 
 
 def _stored_allocation(settings: Sequence[Document]) -> int:

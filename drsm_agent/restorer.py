@@ -60,6 +60,11 @@ class Restorer:
             return True
         return agrees and self._clock() >= self._issue_from
 
+    def counts(self, pool: str) -> bool:
+        """Whether it matters what a pod holds of a pool: not once that was taken off the list, as nobody is
+        granted any of it then. But if its chunks were never put back, others may hold the same."""
+        return pool in self._table.pools or (self._restored is not None and pool in self._restored.unsettled)
+
     def takes(self, session: Session) -> bool:
         """Whether a session's reports are taken."""
         return self._open and self._restored is not None and self._restored.before(session.incarnation)
@@ -138,7 +143,7 @@ class Restorer:
         for pool in self._table.pools.values():
             reports, ours = self._reports[pool.name], self._ours[pool.name]
             await self._write(pool, list(restore.left_over(pool, reports, self._complete, ours)))
-        await self._relay.write_unseen([restore.close(restored)])
+        await self._relay.write_unseen([restore.close(restored, self._table.pools)])
         self._open = self._grants.restoring = False
         accepted = sum(map(len, self._accepted.values()))
         log.info("restored", pods=len(self._said), put_back=accepted)

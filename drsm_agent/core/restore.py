@@ -23,12 +23,13 @@ TERMS_AHEAD = 2**20
 class Restored:
     """The last announced restore. Sessions of terms up to `term` are from before it; while it is `open`,
     reports are taken. `incarnation` is the highest and `allocation_ms` the largest `A` that the restored
-    database knew of."""
+    database knew of; `unsettled` are the pools on its list whose chunks nobody has put back."""
 
     term: int
     incarnation: int
     allocation_ms: int
     open: bool = True
+    unsettled: tuple[str, ...] = ()
 
     @property
     def document(self) -> Document:
@@ -38,6 +39,7 @@ class Restored:
             "incarnation": self.incarnation,
             "allocation_ms": self.allocation_ms,
             "open": self.open,
+            "unsettled": list(self.unsettled),
         }
 
     def before(self, incarnation: int) -> bool:
@@ -64,6 +66,7 @@ def read_restored(documents: Collection[Document]) -> Restored | None:
                 incarnation=int(document["incarnation"]),
                 allocation_ms=int(document["allocation_ms"]),
                 open=bool(document["open"]),
+                unsettled=tuple(document.get("unsettled", ())),
             )
     return None
 
@@ -76,9 +79,11 @@ def announce(before: Restored | None, restored: Restored) -> Insert | Update:
     return Update(SETTINGS, guard, set={k: v for k, v in restored.document.items() if k != "_id"})
 
 
-def close(restored: Restored) -> Update:
-    """Everybody has had the time to report, under one leader."""
-    return Update(SETTINGS, {"_id": "restored", "term": restored.term}, set={"open": False})
+def close(restored: Restored, settled: Collection[str]) -> Update:
+    """Everybody has had the time to report, under one leader, and these pools are `settled`."""
+    unsettled = [pool for pool in restored.unsettled if pool not in settled]
+    guard = {"_id": "restored", "term": restored.term}
+    return Update(SETTINGS, guard, set={"open": False, "unsettled": unsettled})
 
 
 # --- what living pods hold --------------------------------------------------------------------------

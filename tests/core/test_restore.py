@@ -112,11 +112,13 @@ def test_incarnations_of_the_lost_time_are_told_from_those_before_and_after() ->
 
 
 def test_a_restore_is_announced_once_by_one_write() -> None:
-    """Guarded by the one that was announced before; and read back as it was written."""
-    first, second = Restored(10, 1, 1000), Restored(20, 2, 1000)
-    inserted, updated, closed = announce(None, first), announce(first, second), close(second)
+    """Guarded by the one that was announced before; and read back as it was written. Its end leaves open the
+    pools that its leader did not know."""
+    first, second = Restored(10, 1, 1000), Restored(20, 2, 1000, unsettled=("one", "two"))
+    inserted, updated, closed = announce(None, first), announce(first, second), close(second, {"one", "new"})
     assert isinstance(inserted, Insert)
     assert read_restored([{"_id": "settings"}, inserted.document]) == first
     assert isinstance(updated, Update)
     assert updated.where == {"_id": "restored", "term": 10}
-    assert (closed.where["term"], closed.set) == (20, {"open": False})
+    assert read_restored([second.document]) == second
+    assert (closed.where["term"], closed.set) == (20, {"open": False, "unsettled": ["two"]})

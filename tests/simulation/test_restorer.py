@@ -5,16 +5,23 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
+
 from drsm_agent.core import writes
 from drsm_agent.core.documents import Owner, chunk_key
 from drsm_agent.restored import announce_restored
-from drsm_sdk import Drsm
+from drsm_sdk import AgentUnavailable, Drsm, ambient
+from drsm_sdk.rpc import Rpc
+from drsm_sdk.wire import messages as wire
+from drsm_sdk.wire.subjects import Subjects
 from tests.simulation.database import View
 from tests.simulation.loop import run
+from tests.simulation.network import PodTransport
 from tests.simulation.standing import Standing
 
 POOLS = [{"name": name, "bits": 18, "usage_lag_ms": 1000} for name in ("one", "two")]
 LEASES = {"liveness_ttl": 2.5, "allocation_ttl": 8.0, "leader_ttl": 1.0}
+FEWER = {"pools": POOLS[:1], "settings_revision": 2}
 WAIT = 9.0
 """`A + W`, in seconds."""
 LATER = 5.0
@@ -34,14 +41,14 @@ async def standing() -> AsyncIterator[Standing]:
         await world.end()
 
 
-async def restore(world: Standing, drsm: Drsm) -> None:
+async def restore(world: Standing, drsm: Drsm, **other: Any) -> None:
     """The agents are stopped, and what there is was restored: a chunk that a pod gave back is its own again.
-    One agent starts."""
+    One agent starts, with `other` settings."""
     await world.stop("before")
     owner = Owner(drsm.pod.name, drsm.pod.ip, drsm.pod.instance, incarnation(drsm))
     await world.database.apply([writes.allocate("one", LEFT_OVER, owner, "0" * 16, "r")])
     await announce_restored(View(world.database, world.node), LEASES["leader_ttl"], 8000)
-    await (await world.start("after")).leader.leading.wait()
+    await (await world.start("after", **other)).leader.leading.wait()
 
 
 def incarnation(drsm: Drsm) -> int:
@@ -104,3 +111,67 @@ def test_while_the_end_of_a_restore_is_written_nothing_is_claimed() -> None:
             assert {drsm["pod"] for drsm in chunks(world, "two").values()} == {"pod"}
 
     run(live())
+
+
+def test_a_pool_taken_off_the_list_after_a_restore_keeps_no_pod_from_issuing_of_others() -> None:
+    """No agent tells what a pod holds of such a pool, so pod and agent cannot agree about it any more."""
+
+    async def live() -> None:
+        async with standing() as world, world.pod("pod") as pod:
+            one = await pod.join("one")
+            await pod.join("two")
+            await restore(world, pod)
+            await asyncio.sleep(WAIT + LATER)
+            assert not open_document(world)
+            await world.stop("after")
+            await (await world.start("fewer", **FEWER)).leader.leading.wait()
+            await asyncio.sleep(2 * LEASES["allocation_ttl"])
+            assert pod.state == "live"
+            assert one.valid(one.allocate_nowait())
+
+    run(live())
+
+
+def test_a_pool_taken_off_the_list_together_with_a_restore_keeps_its_pods_from_issuing() -> None:
+    """Nobody has put its chunks back: another pod may hold the same ones, claimed in the lost time."""
+
+    async def live() -> None:
+        async with standing() as world, world.pod("pod") as pod, world.pod("other") as other:
+            await pod.join("one")
+            two = await pod.join("two")
+            await other.join("one")
+            await restore(world, pod, **FEWER)
+            await asyncio.sleep(WAIT + LATER)
+            assert not open_document(world)
+            assert (pod.state, other.state) == ("lapsed", "live")
+            with pytest.raises(AgentUnavailable):
+                two.allocate_nowait()
+
+    run(live())
+
+
+def test_what_a_pod_holds_of_a_pool_on_the_list_counts_whether_it_has_joined_that_or_not() -> None:
+    """The restored database may not know that it had."""
+
+    async def live() -> None:
+        async with standing() as world, world.pod("pod") as pod:
+            pool = await pod.join("one")
+            await restore(world, pod)
+            await asyncio.sleep(WAIT + LATER)
+            held = {"one": pool.held()}
+            assert await lease(world, pod, held) > 0
+            assert await lease(world, pod, {**held, "unknown": (1, 1)}) > 0
+            assert await lease(world, pod, {**held, "two": (1, 1)}) == 0
+            assert await lease(world, pod, {}) == 0
+
+    run(live())
+
+
+async def lease(world: Standing, drsm: Drsm, held: dict[str, tuple[int, int]]) -> int:
+    """The allocation lease that a renewal gets which says so of its chunks."""
+    transport = PodTransport(world.network, world.node)
+    await transport.connect(LATER)
+    request = wire.Renew(drsm.pod.name, incarnation(drsm), held, {})
+    asking = Rpc(transport, world.loop.time, ambient.Chance(world.chance))
+    answer = await asking.once(Subjects("drsm").session("renew"), request, wire.Renewed, LATER)
+    return answer.body.allocation_ms
