@@ -63,7 +63,8 @@ class State:
 
     table: Table
     after_loss: bool = False
-    """Documents were dropped under the table before it."""
+    """Documents were dropped under a table before it, and no lead has waited since then until pods have
+    certainly stopped issuing from what they held."""
     log: deque[Entry] = field(default_factory=deque)
     lost: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -105,7 +106,7 @@ class Feed:
                     error=str(error),
                     action="reading everything anew",
                 )
-                # Until this process ends: pods may still issue from what was dropped, whatever else is lost.
+                # Until a lead has waited it out, whatever else is lost: pods may still issue from it.
                 self._after_loss |= error.data_lost
                 failed = error
             finally:
@@ -134,6 +135,11 @@ class Feed:
     def stands_still(self) -> bool:
         """Whether it should have moved by now, so that what the table shows may be old."""
         return self.standstill() > STILL_AFTER
+
+    def waited_out(self, state: State) -> None:
+        """A lead over this table has outlasted whatever was dropped before it; what is dropped now is not."""
+        if state is self._state:
+            self._after_loss = state.after_loss = False
 
     async def news(self) -> None:
         """Returns when an entry was logged since the last call."""

@@ -331,13 +331,13 @@ class Leader:
         )
         tasks.create_task(probe.run(), name="probe")
         await probe.answered.wait()
-        hearing = Hearing(parts.clock)
+        hearing, grants = Hearing(parts.clock), self._grants(state, restored)
         reign = Reign(
             lead=lead,
             table=state.table,
             relay=relay,
             liveness=self._full_leases(state.table),
-            grants=self._grants(state, restored),
+            grants=grants,
             use={},
             hearing=hearing,
             leases=parts.leases,
@@ -364,6 +364,8 @@ class Leader:
         tasks.create_task(reaper.run(), name="reaper")
         tasks.create_task(mirrors.run(), name="mirrors")
         tasks.create_task(restorer.run(), name="restorer")
+        if state.after_loss:
+            tasks.create_task(self._wait_out(lead, state, grants), name="wait-out")
         tasks.create_task(self._hand_over_deaf(lead, state.table, hearing, probe), name="hand-over")
 
     async def _hand_over_deaf(self, lead: Lead, table: Table, hearing: Hearing, probe: Probe) -> None:
@@ -464,6 +466,14 @@ class Leader:
             longest = restored.longest(allocation_ms, state.table.sessions.values())
             wait = max(wait, longest / 1000 + lag)
         return Grants(self._parts.clock, wait)
+
+    async def _wait_out(self, lead: Lead, state: State, grants: Grants) -> None:
+        """Later leads of this process need not wait for the same loss again."""
+        while True:
+            await asyncio.sleep(grants.left())
+            lead.check()
+            if grants.left() <= 0:
+                return self._parts.feed.waited_out(state)
 
     def _full_leases(self, table: Table) -> LivenessLeases:
         return full_leases(table, self._parts.leases, self._parts.clock(), self._former_liveness)
