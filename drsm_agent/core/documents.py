@@ -12,6 +12,12 @@ from typing import Any
 
 Document = dict[str, Any]
 
+POD_NAME_MAX, IP_MAX, INSTANCE_MAX = 253, 64, 256
+"""As the wire has them. Anybody may write into a pool's collection up to 16 MiB; a message that has no room
+for an owner would end every agent, one after the other."""
+GRANT_MAX, REQUEST_ID_MAX = 16, 64
+"""As the wire has them; grants go out with claims."""
+
 _CHUNK_ID = re.compile(r"chunkid-(0|[1-9][0-9]{0,18})")
 _SESSION_ID = re.compile(r"(.+):([0-9]{1,20})")
 GO_INCARNATION = 0
@@ -178,25 +184,25 @@ def chunk_number(key: str) -> int | None:
 def read_chunk(document: Mapping[str, Any]) -> Chunk | None:
     """The chunk in a pool's document, or None when it is not one, or not readable as one."""
     n = chunk_number(str(document.get("_id")))
-    if n is None or not all(
-        isinstance(document.get(name), str) for name in ("podId", "podIp", "podInstance")
-    ):
+    texts = [document.get(name) for name in ("podId", "podIp", "podInstance")]
+    if n is None or not all(isinstance(text, str) for text in texts):
         return None
-    return Chunk(
-        n=n,
-        pod=document["podId"],
-        ip=document["podIp"],
-        instance=document["podInstance"],
-        drsm=_read_drsm(document.get("drsm")),
-    )
+    try:
+        pod, ip, instance = _who(*texts)
+    except ValueError:
+        return None
+    return Chunk(n=n, pod=pod, ip=ip, instance=instance, drsm=_read_drsm(document.get("drsm")))
 
 
 def read_keepalive(document: Mapping[str, Any]) -> Keepalive | None:
-    """The keepalive in a pool's document, or None when it is none."""
+    """The keepalive in a pool's document, or None when it is none, or not readable as one."""
     if document.get("type") != "keepalive":
         return None
-    names = ("podId", "podIp", "podInstance")
-    pod, ip, instance = (str(document.get(name) or "") for name in names)
+    try:
+        _text(document.get("_id"), POD_NAME_MAX)  # it is part of the token that an event carries
+        pod, ip, instance = _who(*(document.get(name) or "" for name in ("podId", "podIp", "podInstance")))
+    except ValueError:
+        return None
     return Keepalive(
         pod=pod,
         ip=ip,
@@ -209,10 +215,11 @@ def read_keepalive(document: Mapping[str, Any]) -> Keepalive | None:
 def read_session(document: Mapping[str, Any]) -> Session | None:
     """The session in a document of `drsm_sessions`, or None when it is not readable as one."""
     try:
+        pod, ip, instance = _who(document["pod"], document["ip"], document["instance"])
         return Session(
-            pod=str(document["pod"]),
-            ip=str(document["ip"]),
-            instance=str(document["instance"]),
+            pod=pod,
+            ip=ip,
+            instance=instance,
             incarnation=_whole(document["incarnation"]),
             term=_whole(document["term"]),
             state=str(document["state"]),
@@ -232,19 +239,32 @@ def _whole(value: Any) -> int:
     return value
 
 
+def _text(value: Any, longest: int) -> str:
+    """A text that a message has room for."""
+    text = str(value)
+    if len(text) > longest:
+        raise ValueError(f"expected at most {longest} characters")
+    return text
+
+
+def _who(pod: Any, ip: Any, instance: Any) -> tuple[str, str, str]:
+    return _text(pod, POD_NAME_MAX), _text(ip, IP_MAX), _text(instance, INSTANCE_MAX)
+
+
 def _read_drsm(value: Any) -> Drsm | None:
     if not isinstance(value, Mapping):
         return None
     try:
+        pod, ip, instance = _who(value["pod"], value["ip"], value["instance"])
         return Drsm(
-            pod=str(value["pod"]),
-            ip=str(value["ip"]),
-            instance=str(value["instance"]),
+            pod=pod,
+            ip=ip,
+            instance=instance,
             incarnation=_whole(value["incarnation"]),
-            grant=str(value.get("grant", "")),
+            grant=_text(value.get("grant", ""), GRANT_MAX),
             marked=bool(value.get("marked", False)),
             hold_ms=_whole(value.get("hold_ms", 0)),
-            request_id=str(value.get("request_id", "")),
+            request_id=_text(value.get("request_id", ""), REQUEST_ID_MAX),
         )
     except (KeyError, TypeError, ValueError, OverflowError):
         return None

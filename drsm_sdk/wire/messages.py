@@ -23,6 +23,12 @@ CHUNKS_PER_EVENT = 1000
 POOLS_PER_SESSION_MAX = 64
 """Pools that a session may join, at once or one after the other: `open` and `report` name them all."""
 
+POD_NAME_MAX, IP_MAX, INSTANCE_MAX = 253, 64, 256
+"""Characters of an owner's texts: a DNS-1123 name; an address with its zone; a name or UUID with room. Every
+event carries up to two owners, whole."""
+REQUEST_ID_MAX = 64
+"""Twice a UUID in hexadecimal digits; it is kept in every chunk that the request got."""
+
 Version = tuple[int, int]
 Prefixes = dict[str, tuple[str, ...]]
 
@@ -34,7 +40,7 @@ _UNPRINTABLE = re.compile(r"[^ -~]")
 
 def check_pod_name(name: str) -> None:
     """Raise ValueError unless `name` is a DNS-1123 subdomain that no chunk document has for its `_id`."""
-    if len(name) > 253 or not _DNS_LABELS.fullmatch(name):
+    if len(name) > POD_NAME_MAX or not _DNS_LABELS.fullmatch(name):
         raise ValueError("pod name: expected a DNS-1123 name (a-z, 0-9, '-', '.'; at most 253 characters)")
     if _CHUNK_DOCUMENT.fullmatch(name):
         raise ValueError("pod name: 'chunkid-<number>' names chunk documents; give the pod another name")
@@ -48,7 +54,7 @@ def _check_text(name: str, value: str, longest: int) -> None:
 def _check_request_id(value: str) -> None:
     if not value:
         raise ValueError("request_id: expected 1 to 64 printable characters")
-    _check_text("request_id", value, 64)
+    _check_text("request_id", value, REQUEST_ID_MAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +89,8 @@ class PodRef:
 
     def __post_init__(self) -> None:
         check_pod_name(self.name)
-        _check_text("ip", self.ip, 64)
-        _check_text("instance", self.instance, 256)
+        _check_text("ip", self.ip, IP_MAX)
+        _check_text("instance", self.instance, INSTANCE_MAX)
 
 
 def _check_pools(pools: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drsm_agent.core import documents
 from drsm_agent.core.documents import (
     Chunk,
     Drsm,
@@ -21,6 +22,7 @@ from drsm_agent.core.documents import (
     session_key,
     session_number,
 )
+from drsm_sdk.wire import messages
 
 GO_CHUNK: dict[str, Any] = {
     "_id": "chunkid-5",
@@ -68,6 +70,7 @@ SESSION = Session(
     request_id="r-1",
     promised_ms=300_000,
 )
+LONGEST = {"podId": documents.POD_NAME_MAX, "podIp": documents.IP_MAX, "podInstance": documents.INSTANCE_MAX}
 
 
 def _chunk(document: dict[str, Any]) -> Chunk:
@@ -113,11 +116,14 @@ def test_a_chunk_is_written_as_it_was_read(document: dict[str, Any]) -> None:
     assert _chunk(document).document == document
 
 
+_WHO = [st.text(max_size=longest) for longest in LONGEST.values()]
+_GRANTS = st.text(max_size=documents.GRANT_MAX)
+
+
 @given(
     st.integers(0, 10**19 - 1),
-    st.tuples(st.text(), st.text(), st.text()),
-    st.none()
-    | st.builds(Drsm, st.text(), st.text(), st.text(), st.integers(0, 2**63 - 1), st.text(), st.booleans()),
+    st.tuples(*_WHO),
+    st.none() | st.builds(Drsm, *_WHO, st.integers(0, 2**63 - 1), _GRANTS, st.booleans()),
 )
 def test_any_chunk_is_read_as_it_was_written(n: int, pod: tuple[str, str, str], drsm: Drsm | None) -> None:
     """There and back."""
@@ -138,6 +144,9 @@ def test_any_chunk_is_read_as_it_was_written(n: int, pod: tuple[str, str, str], 
         DRSM | {"incarnation": float("nan")},
         DRSM | {"incarnation": float("inf")},
         DRSM | {"hold_ms": float("inf")},
+        DRSM | {"instance": "x" * (documents.INSTANCE_MAX + 1)},
+        DRSM | {"grant": "0" * (documents.GRANT_MAX + 1)},
+        DRSM | {"request_id": "r" * (documents.REQUEST_ID_MAX + 1)},
         {name: value for name, value in DRSM.items() if name != "incarnation"},
     ],
 )
@@ -201,6 +210,28 @@ def test_a_chunk_without_its_pod_is_none(field: str, value: Any) -> None:
     assert read_chunk(document) is None
 
 
+@pytest.mark.parametrize("field", LONGEST)
+def test_an_owner_that_a_message_may_have_no_room_for_is_none(field: str) -> None:
+    """Neither its chunk counts nor its keepalive: the event would end every agent."""
+    longest, longer = ({field: "ü" * (LONGEST[field] + more)} for more in (0, 1))
+    assert read_chunk(GO_CHUNK | longest) is not None
+    assert read_keepalive(GO_KEEPALIVE | longest) is not None
+    assert (read_chunk(GO_CHUNK | longer), read_keepalive(GO_KEEPALIVE | longer)) == (None, None)
+
+
+def test_a_keepalive_is_named_no_longer_than_a_pod() -> None:
+    """Its name is part of the token that goes out with its event."""
+    assert read_keepalive(GO_KEEPALIVE | {"_id": "x" * documents.POD_NAME_MAX}) is not None
+    assert read_keepalive(GO_KEEPALIVE | {"_id": "x" * (documents.POD_NAME_MAX + 1)}) is None
+
+
+def test_an_owner_is_bounded_in_documents_as_on_the_wire() -> None:
+    """No pod that the agent takes in is unreadable to it."""
+    names = ("POD_NAME_MAX", "IP_MAX", "INSTANCE_MAX", "REQUEST_ID_MAX")
+    assert [getattr(documents, name) for name in names] == [getattr(messages, name) for name in names]
+    assert messages.Report("amf-1", 1, (("amfid", 0, "0" * documents.GRANT_MAX, False),))
+
+
 def test_documents_without_an_id_are_none() -> None:
     """An empty document is neither chunk nor keepalive nor session."""
     assert (read_chunk({}), read_keepalive({}), read_session({})) == (None, None, None)
@@ -262,6 +293,16 @@ def test_a_session_without_one_of_its_fields_is_none(field: str) -> None:
 def test_a_session_with_an_unreadable_number_is_none(field: str, value: Any) -> None:
     """And nothing raises: one odd document must not end the agent."""
     assert read_session(SESSION.document | {field: value}) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "longest"),
+    [("pod", documents.POD_NAME_MAX), ("ip", documents.IP_MAX), ("instance", documents.INSTANCE_MAX)],
+)
+def test_a_session_of_an_owner_that_a_message_may_have_no_room_for_is_none(field: str, longest: int) -> None:
+    """The agent writes none."""
+    assert read_session(SESSION.document | {field: "x" * longest}) is not None
+    assert read_session(SESSION.document | {field: "x" * (longest + 1)}) is None
 
 
 @pytest.mark.parametrize(

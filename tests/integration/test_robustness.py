@@ -86,9 +86,11 @@ async def _opened(asking: Requester) -> int:
 
 
 async def test_documents_that_make_no_sense_do_not_stop_the_agent(domain: Domain) -> None:
-    """Unreadable, out of range, of other types: they do not count, and the next request is served."""
+    """Unreadable, out of range, of other types, or larger than any message: they do not count, events go on,
+    and the next request is served."""
     chunk = {"type": "chunk", "podId": "x", "podIp": "", "podInstance": ""}
     odd = {"pod": "x", "ip": "", "instance": "", "grant": "g", "marked": False, "hold_ms": 0}
+    vast = "x" * 1_100_000
     async with domain.served() as asking, mongo_client(domain) as client:
         await client[domain.database][POOL].insert_many(
             [
@@ -99,11 +101,16 @@ async def test_documents_that_make_no_sense_do_not_stop_the_agent(domain: Domain
                 {"_id": "chunkid-", "type": "chunk"},
                 {"_id": "something", "type": "keepalive"},
                 {"_id": 17},
+                chunk | {"_id": "chunkid-904", "podInstance": vast},
+                chunk | {"_id": "chunkid-905", "drsm": odd | {"incarnation": 7, "grant": vast}},
+                {"_id": "vast", "type": "keepalive", "podId": "vast", "podIp": vast, "podInstance": ""},
             ]
         )
         pod = (await asking.open("amf-1")).incarnation
         acquired = await asking.acquire("amf-1", pod, 3)
         assert [n for n, _ in acquired.chunks] == [0, 1, 2]
+        owners = {owner.name for page in await asking.snapshot() for owner in page.owners}
+        assert owners == {"amf-1", "x", ""}
 
 
 async def test_an_agent_that_may_not_publish_events_answers_nothing_and_is_not_ready() -> None:
