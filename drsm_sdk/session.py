@@ -45,6 +45,7 @@ REPORT_CHUNKS_MAX = 500  # about 25 KiB
 CLOSE_TIMEOUT = 1.0
 JOIN_TIMEOUT = 5.0
 REJOIN_FIRST, REJOIN_MOST = 0.5, 30.0  # of a pool that is not there now, and may come back
+WITHOUT_POOLS = frozenset({"unknown_pool", "too_large"})  # refusals that a pool alone may not meet
 
 
 class Member(Protocol):
@@ -268,8 +269,8 @@ class Session:
 
     async def _open(self) -> Life:
         """Ask until there is an answer; the same request again while it may have been heard. If there is a
-        pool among the pod's that the agent does not know (any more), without any: that one must not keep the
-        pod out of the others, which are then joined one by one."""
+        pool among the pod's that the agent does not know (any more), or too many definitions for one answer,
+        without any: they are then joined one by one, and none keeps the pod out of the others."""
         backoff = Backoff(self.chance, REOPEN_FIRST, REOPEN_MOST)
         pools = tuple(self.members)
         request = self._open_request(pools)
@@ -279,7 +280,7 @@ class Session:
                     self.subjects.session("open"), request, wire.Opened, OPEN_TIMEOUT
                 )
             except Refused as refused:
-                if pools and isinstance(refused.error, BadRequest) and refused.error.error == "unknown_pool":
+                if pools and isinstance(refused.error, BadRequest) and refused.error.error in WITHOUT_POOLS:
                     pools = ()
                 else:
                     self._note_refusal(refused.error)

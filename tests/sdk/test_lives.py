@@ -11,8 +11,9 @@ from drsm_sdk import AgentUnavailable, BadRequest, Drsm, Pod, Pool
 from drsm_sdk.client import OnSilence
 from drsm_sdk.supply import Supply
 from drsm_sdk.testing import Definition, Domain, MemoryTransport
+from drsm_sdk.testing.agent import Packed
 from drsm_sdk.transport import Message
-from drsm_sdk.wire.messages import POOLS_PER_SESSION_MAX
+from drsm_sdk.wire.messages import POOLS_PER_SESSION_MAX, Failure, Opened
 from tests.sdk.fake_agent import SkippingClock, eventually
 
 POOL = "amfid"
@@ -141,6 +142,28 @@ async def test_a_pool_that_the_agent_has_forgotten_is_joined_again_without_a_nee
         await eventually(lambda: POOL in session.pools)
         assert pool.held() == held
         assert pool.allocate_nowait() is not None
+
+
+async def test_definitions_that_one_answer_has_no_room_for_are_joined_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or the pod had no session for ever: the same request is refused every time."""
+    async with Domain(SMALL, "more") as domain, domain.drsm(AMF_1) as drsm:
+        pools = [await drsm.join(name) for name in (POOL, "more")]
+        first, packed, asked = drsm.incarnation, domain._agent.packed, list[int]()
+
+        def answered(part: object) -> Packed:
+            if not isinstance(part, Opened):
+                return packed(part)
+            asked.append(len(part.definitions))
+            return packed(Failure("too_large", "no room") if part.definitions else part)
+
+        monkeypatch.setattr(domain._agent, "packed", answered)
+        domain.lose("amf-1")
+        await eventually(lambda: drsm.incarnation not in {None, first})
+        for pool in pools:
+            assert pool.valid(await pool.allocate(timeout=10.0))
+        assert asked == [2, 0]
 
 
 async def test_a_pod_joins_no_more_pools_than_a_session_may_have() -> None:
