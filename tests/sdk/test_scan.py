@@ -210,7 +210,7 @@ async def test_a_plain_function_does_not_block_the_event_loop() -> None:
 
 
 async def test_a_function_that_does_not_return_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "TIMEOUT", 0.01)
+    monkeypatch.setattr(scan, "TIMEOUT", 0.2)
     with pytest.raises(ScanError, match="did not return"):
         await scanned(lambda first, last: asyncio.sleep(10))
 
@@ -234,7 +234,7 @@ async def test_what_a_function_says_once_its_time_is_over_is_no_answer(
     in_use: InUse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ids that it had not come to yet would be issued a second time."""
-    monkeypatch.setattr(scan, "TIMEOUT", 0.01)
+    monkeypatch.setattr(scan, "TIMEOUT", 0.2)
     with pytest.raises(ScanError, match="did not return"):
         await scanned(in_use)
 
