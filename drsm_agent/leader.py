@@ -16,6 +16,7 @@ from typing import TypeVar
 import structlog
 
 from drsm_agent import cancellation
+from drsm_agent.alarms import Alarms
 from drsm_agent.core import writes
 from drsm_agent.core.documents import Document
 from drsm_agent.core.election import Election
@@ -362,6 +363,7 @@ class Leader:
         parts.feed.on_change = note
         endpoints.open(requests)
         tasks.create_task(reaper.run(), name="reaper")
+        tasks.create_task(Alarms(reign).run(), name="alarms")
         tasks.create_task(mirrors.run(), name="mirrors")
         tasks.create_task(restorer.run(), name="restorer")
         if state.after_loss:

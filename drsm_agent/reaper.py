@@ -13,9 +13,8 @@ from typing import TypeVar
 
 import structlog
 
-from drsm_agent.alarms import Alarms
 from drsm_agent.core import writes
-from drsm_agent.core.documents import DEAD, GO_INCARNATION, LIVE, Chunk, Owner, Session
+from drsm_agent.core.documents import DEAD, GO_INCARNATION, Chunk, Owner, Session
 from drsm_agent.core.lease import renew_period
 from drsm_agent.core.placement import Placed, hold_ms, plan
 from drsm_agent.core.session import Key
@@ -50,7 +49,6 @@ class Reaper:
         self._table, self._relay, self._lead = reign.table, reign.relay, reign.lead
         self._leases, self._liveness, self._definitions = reign.leases, reign.liveness, reign.definitions
         self._clock, self._chance, self._metrics = reign.clock, reign.chance, reign.metrics
-        self._alarms = Alarms(reign)
         self._grants, self._probe, self._stream_stands = reign.grants, probe, stream_stands
         self._news = asyncio.Event()
         self._dead_since: dict[Key, float] = {}
@@ -76,7 +74,6 @@ class Reaper:
                 await self._bury_silent_go_pods()
                 await self._claim_orphans()
                 await self._purge()
-                self._measure()
                 wait = self._until_next()
             except StoreUnavailable as error:
                 log.warning("put_off", error=str(error))
@@ -186,7 +183,10 @@ class Reaper:
         if not self._grants.allowed():
             return
         for pool in self._table.pools.values():
-            placed = plan(self._claimable(pool), self._living(pool))
+            orphans = self._claimable(pool)
+            if not orphans:  # as a rule; counting what each living pod owns would cost the most here
+                continue
+            placed = plan(orphans, self._living(pool))
             placed.sort(key=lambda claim: claim.owner)  # then its neighbours go out as one event
             for batch in _batches(placed):
                 outcome = await self._relay.commit([self._claim(pool, claim) for claim in batch])
@@ -252,15 +252,6 @@ class Reaper:
         """`A + W`, in seconds, for a session's largest `A` and the largest `W` of its pools."""
         lags = [self._definitions[p].usage_lag_ms for p in session.pools if p in self._definitions]
         return (session.promised_ms + max(lags, default=0)) / 1000
-
-    def _measure(self) -> None:
-        self._alarms.look()
-        self._metrics.sessions.set(sum(s.state == LIVE for s in self._table.sessions.values()))
-        for pool in self._table.pools.values():
-            self._metrics.chunks.labels(pool=pool.name).set(len(pool.chunks))
-            self._metrics.usable.labels(pool=pool.name).set(self._definitions[pool.name].usable)
-            self._metrics.orphans.labels(pool=pool.name).set(sum(1 for _ in pool.orphans()))
-            self._metrics.marked.labels(pool=pool.name).set(len(pool.marked))
 
 
 def _batches(items: list[T]) -> Iterator[list[T]]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from drsm_agent import alarms, leader
 from drsm_agent.core import usage
 from drsm_agent.service import Agent
 from drsm_sdk import Drsm, Pod
@@ -69,3 +70,40 @@ async def test_chunks_that_nobody_scans_are_told_of(domain: Domain, monkeypatch:
         (entry,) = said(logs, "marked_chunks_pile_up")
         assert (entry["pool"], entry["log_level"]) == (POOL, "warning")
         assert "drsm chunks --marked" in entry["action"]
+
+
+@pytest.fixture
+def looking(monkeypatch: pytest.MonkeyPatch) -> list[alarms.Alarms]:
+    """Who looks, once for each look; the one at the start of a lead is the last for an hour."""
+    looks: list[alarms.Alarms] = []
+
+    class Alarms(alarms.Alarms):
+        async def look(self) -> None:
+            await super().look()
+            looks.append(self)
+
+    monkeypatch.setattr(leader, "Alarms", Alarms)
+    monkeypatch.setattr(alarms, "LOOK_INTERVAL", 3600.0)
+    monkeypatch.setattr(alarms, "LOOK_INTERVAL_MAX", 3600.0)
+    return looks
+
+
+async def test_events_however_many_cause_no_look(domain: Domain, looking: list[alarms.Alarms]) -> None:
+    """Over many pools and pods it takes longer than all that has to be done at an event."""
+    async with watched(domain) as (agent, _, asking):
+        pod = (await asking.open("amf-1")).incarnation
+        for n in range(5):
+            await asking.acquire("amf-1", pod, request_id=f"r-{n}")
+        await asking.seen(lambda: len(asking.of(m.ChunkAllocated)) == 5)
+        assert len(looking) == 1
+        assert measured(agent, "drsm_chunks") == 0
+
+
+async def test_others_have_their_turn_after_each_pool_of_a_look(
+    domain: Domain, looking: list[alarms.Alarms]
+) -> None:
+    """Requests do not wait for gauges."""
+    async with domain.agent(pools=[{"name": name, "bits": 12} for name in ("amfid", "tmsi", "seid")]):
+        await eventually(lambda: looking)
+        turns = sum(1 for _ in looking[0].look().__await__())
+    assert turns == 3

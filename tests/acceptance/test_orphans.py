@@ -1,13 +1,15 @@
 """Each of the ways of finding orphans is enough on its own."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from drsm_agent import reaper
-from drsm_agent.core import events
+from drsm_agent.core import events, placement
+from drsm_agent.core.documents import Chunk, Owner
+from drsm_agent.core.placement import Placed
 from drsm_agent.feed import Entry
 from drsm_sdk.wire import messages as m
 from tests.acceptance.test_operator import shown
@@ -74,6 +76,28 @@ async def test_the_start_of_a_lead_is_enough(domain: Domain, monkeypatch: pytest
         async with domain.agent():
             await asking.seen(lambda: [c for c in asking.of(m.ChunkClaimed) if c.owner.name == "amf-2"])
             assert (await mongo_table(domain))[n] == ("amf-2", heir)
+
+
+async def test_pools_without_an_orphan_are_passed_over(
+    domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a rule there is none, and what each living pod owns need not be counted at every event."""
+    planned: list[int] = []
+
+    def plan(orphans: list[Chunk], living: Mapping[Owner, int]) -> list[Placed]:
+        planned.append(len(orphans))
+        return placement.plan(orphans, living)
+
+    monkeypatch.setattr(reaper, "plan", plan)
+    async with domain.served() as asking:
+        heir = (await asking.open("amf-2")).incarnation
+        await asking.acquire("amf-2", heir)
+        assert planned == []
+        async with renewing(asking, ("amf-2", heir)):
+            await orphaned(asking)
+            await asking.seen(lambda: asking.of(m.ChunkClaimed))
+        assert planned
+        assert set(planned) == {1}
 
 
 async def test_the_slow_audit_is_enough(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
