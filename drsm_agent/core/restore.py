@@ -160,7 +160,7 @@ def left_over(
     """Chunks that the table gives to a living pod which does not hold them: it gave them back in the time
     that was lost, and others may have issued from them since. It takes them up anew, held and scanned.
     `ours` are the grants that were given while reports were taken."""
-    for key in complete:
+    for key in sorted(complete):
         if key not in pool.live or key not in pool.held:
             continue
         said = reports.get(key, {})

@@ -105,6 +105,14 @@ def test_what_a_living_pod_does_not_hold_any_more_it_gets_anew_and_marked() -> N
     assert [(step.n, step.owner.name, step.grant, step.marked) for step in steps] == [(2, "amf-1", "", True)]
 
 
+def test_what_is_left_over_is_written_in_one_order_whatever_the_hashes_of_names() -> None:
+    """Else a simulated story would differ from process to process."""
+    living = tuple(Owner(f"amf-{i}", "10.0.0.1", "i", 1) for i in range(8))
+    table = pool(*(owned(n, owner) for n, owner in enumerate(living)), living=living)
+    steps = left_over(table, {}, {owner.key for owner in living}, {})
+    assert [step.n for step in steps] == list(range(8))
+
+
 def test_incarnations_of_the_lost_time_are_told_from_those_before_and_after() -> None:
     restored = Restored(term=10, incarnation=5 << 32 | 7, allocation_ms=1000)
     assert [restored.before(i) for i in (5 << 32, 10 << 32 | 9, 11 << 32)] == [True, True, False]

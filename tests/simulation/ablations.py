@@ -285,7 +285,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "G1",
         RESTORES,
         ((Grants, "allowed", lambda _: True),),
-        hint=8,
+        hint=31,
     ),
     Ablation(
         "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=159
