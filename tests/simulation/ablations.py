@@ -305,7 +305,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         hint=21,
     ),
     Ablation(
-        "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=9
+        "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=4
     ),
     Ablation(
         "the holder's durations are not shortened",
@@ -333,7 +333,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "R5",
         LATE_DEATHS,
         ((writes, "end_session", _death_without_term),),
-        hint=88,
+        hint=157,
     ),
     Ablation("no stamp before answering", "R5", LATE_DEATHS, ((Leader, "_stamp", _no_stamp),), hint=15),
     Ablation(
@@ -348,7 +348,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "R2",
         LATE_WRITES,
         ((LivenessLeases, "extend", _renewed_all_the_same), (Requests, "_session", _whatever_was_decided)),
-        hint=17,
+        hint=49,
     ),
     Ablation("no hold", "4", PARTITIONS, ((reaper, "hold_ms", lambda *_: 0),), hint=2),
     Ablation("events are not confirmed", "G4", RECONNECTS, ((Relay, "_delivered", _unconfirmed),), hint=8),
@@ -360,7 +360,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "G2",
         LATE_CLAIMS,
         ((writes, "_chunk_guard", _only_the_number),),
-        hint=1,
+        hint=0,
     ),
     Ablation(
         "guards look at the pod, not at its incarnation and grant",
@@ -394,7 +394,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "a repeated acquire is a new one", "repeats", LOSSES, ((requests, "_Wanted", _wanted_anew),), hint=8
     ),
     Ablation(
-        "a repeated open is a new one", "repeats", LOSSES, ((Requests, "_new_session", _opened_anew),), hint=2
+        "a repeated open is a new one", "repeats", LOSSES, ((Requests, "_new_session", _opened_anew),), hint=1
     ),
     Ablation(
         "a new leader publishes nothing of what the old one left",
