@@ -65,12 +65,13 @@ async def work(pool: Pool, contexts: Contexts, pod: str) -> None:
     while True:
         try:
             ids = await pool.allocate_set(*SPACES, timeout=1.0)
-            print(f"session {' '.join(map(str, ids.values()))}")
             try:
                 await contexts.add(ids, pod)
             except PyMongoError as error:  # it may be there all the same
                 print(f"not kept: {error}")
                 await forget(pool, contexts, ids)
+            else:
+                print(f"session {' '.join(map(str, ids.values()))}")
         except (PoolEmpty, PoolExhausted, AgentUnavailable, SessionLost) as error:
             print(f"no ids: {error}")  # the SDK works on it
             await asyncio.sleep(RETRY_SECONDS)

@@ -126,8 +126,8 @@ async def test_all_ids_of_a_session_move_to_one_owner_and_none_is_issued_again(
         async with mongo_client(domain) as client:
             database = client[f"{domain.database}_contexts"]
             (collection,) = await database.list_collection_names()
-            on_their_way = len(issued) - await database[collection].count_documents({})
-            assert on_their_way in {0, 1, 2}  # one of each pod at most
+            untold = await database[collection].count_documents({}) - len(issued)
+            assert untold in {0, 1, 2}  # each pod may have ended between keeping a session and telling of it
             indexes = await database[collection].index_information()
             assert {f"{first}_1", f"{second}_1"} < set(indexes)
 
