@@ -23,9 +23,9 @@ BEYOND = 10
 STOCK_MAX = 300
 """With more in stock there is no burst, or the pools would run out: the SDK keeps what such a pace would need
 for a minute, which is six times as much, and chunks go back only when it has forgotten that."""
-PATIENCE = 10.0
+PATIENCE = 15.0
 """Seconds that an application waits for an id when its pod has none in stock. A request that reached a leader
-which then died costs the SDK 5 s, before it asks again."""
+which then died, or stands still, costs the SDK 5 s, before it asks again."""
 
 
 Id = tuple[str, str, Item]
