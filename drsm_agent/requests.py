@@ -36,6 +36,9 @@ ALLOCATION_ROUNDS_MAX = 8
 """Times that other allocators may pick the same numbers first before a requester is told to try again."""
 AHEAD_MAX = 10_000
 """Incarnations of terms to come that are remembered: as many as there may be pods."""
+IN_DOUBT_MAX = 4096
+"""Sessions whose insert was not answered that are remembered for when the request comes again, as many as
+requests may be under way. It comes again within seconds, if at all."""
 AHEAD_SECONDS = 0.25
 """Renewals of one of them that are further apart than this are a living pod's; closer ones may be garbage
 that came twice. Pods whose renewal failed try again much later than this."""
@@ -69,6 +72,8 @@ class Requests:
         self._free = {
             name: _free_numbers(reign.definitions[name], pool) for name, pool in reign.table.pools.items()
         }
+        self._in_doubt: dict[tuple[str, str], Session] = {}
+        """By pod and request: sessions whose insert was not answered."""
         self._opens: Flight[m.Open, Session] = Flight(tasks, self._open_all)
         self._activations: Flight[Key, None] = Flight(tasks, self._activate_all)
         self._joins: Flight[m.Join, None] = Flight(tasks, self._join_all)
@@ -231,13 +236,13 @@ class Requests:
 
     async def _open_all(self, opening: Sequence[m.Open]) -> Sequence[Session | Exception]:
         await self._relay.read_back()
-        sessions = [
-            self._table.opened_by(request.pod.name, request.request_id) or self._new_session(request)
-            for request in opening
-        ]
+        sessions = [self._decided(request) for request in opening]
         new = [session for session in sessions if session.key not in self._table.sessions]
         if new:
+            self._in_doubt |= {(session.pod, session.request_id): session for session in new}
             await self._relay.commit([writes.open_session(session) for session in new])
+            for session in new:
+                self._in_doubt.pop((session.pod, session.request_id), None)
         for session in new:
             log.info(
                 "session_opened",
@@ -247,6 +252,15 @@ class Requests:
                 instance=session.instance,
             )
         return [self._table.sessions.get(session.key) or _unknown_outcome("open") for session in sessions]
+
+    def _decided(self, request: m.Open) -> Session:
+        """What this request has opened or opens. The write of a try before may yet take effect, after it was
+        looked for: the same is decided again, and it does no harm."""
+        of = request.pod.name, request.request_id
+        doubted = self._in_doubt.pop(of, None)
+        while len(self._in_doubt) >= IN_DOUBT_MAX:
+            del self._in_doubt[next(iter(self._in_doubt))]
+        return self._table.opened_by(*of) or doubted or self._new_session(request)
 
     async def _activate_all(self, keys: Sequence[Key]) -> Sequence[Exception | None]:
         """First requests: these incarnations live from now on, and supersede lower ones of their names."""

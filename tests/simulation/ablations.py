@@ -333,7 +333,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "R5",
         LATE_DEATHS,
         ((writes, "end_session", _death_without_term),),
-        hint=157,
+        hint=101,
     ),
     Ablation("no stamp before answering", "R5", LATE_DEATHS, ((Leader, "_stamp", _no_stamp),), hint=15),
     Ablation(
