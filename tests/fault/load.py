@@ -55,6 +55,8 @@ class Record:
     """How often a pod had nothing in stock and waited, and how often in vain."""
     starved: int = 0
     longest_wait: float = 0.0
+    waiting: int = 0
+    """Pods that have nothing in stock just now."""
     wrong: list[str] = field(default_factory=list)
     lost: Counter[str] = field(default_factory=Counter)
     may_lose: frozenset[str] = frozenset()
@@ -151,6 +153,7 @@ class LoadedPod:
     async def _wait_for_stock(self) -> Drawn | None:
         """None where there need be nothing, as the fault may last longer than anybody waits."""
         self._record.waited += 1
+        self._record.waiting += 1
         may_starve, begin = self._record.may_starve, time.monotonic()
         try:
             if self._several:
@@ -162,6 +165,7 @@ class LoadedPod:
                 return None
             raise
         finally:
+            self._record.waiting -= 1
             self._record.longest_wait = max(self._record.longest_wait, time.monotonic() - begin)
 
     @property

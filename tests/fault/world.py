@@ -525,6 +525,8 @@ class World:
         missing = [await self._agents_ready()]
         if not self.churn.successes or time.monotonic() - self.churn.successes[-1][1] > 1.0:
             missing.append(f"no chunk for a second, last trouble: {self.churn.trouble}")
+        if self.record.waiting:
+            missing.append(f"{self.record.waiting} pods wait for an id")
         missing += [f"demux stale for {demux.staleness:.1f} s" for demux in self.demuxes if not demux.synced]
         try:
             states = (await self.client.admin.command("replSetGetStatus"))["members"]
