@@ -11,6 +11,7 @@ import pytest_asyncio
 from hypothesis import settings
 
 from drsm_agent.embedded import Stack
+from drsm_agent.embedded.server import free_port
 from tests.harness import Domain
 
 settings.register_profile("drsm", deadline=None)  # a busy machine is no failure
@@ -44,6 +45,13 @@ def database() -> str:
 def prefix() -> str:
     """A subject prefix that no other test uses."""
     return f"t{uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def unused_tcp_port() -> int:
+    """A port that nobody listens on, and that no outgoing connection is given before the test takes it, as
+    one of pytest-asyncio's fixture of this name may be."""
+    return free_port()
 
 
 @pytest.fixture

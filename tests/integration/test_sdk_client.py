@@ -135,11 +135,18 @@ async def test_joining_an_exhausted_pool_succeeds(agent: FakeAgent, connect: Con
 async def test_a_waiter_gets_an_id_that_another_caller_releases(agent: FakeAgent, connect: Connect) -> None:
     async with connect() as drsm:
         pool = await drsm.join(POOL)
-        agent.script = only("acquire", SILENCE)
-        await asyncio.sleep(0.1)
-        ids = []
-        while pool.stats.free:
-            ids.append(pool.allocate_nowait())
+        asked = asyncio.Event()
+
+        def silent(verb: str, body: dict[str, Any]) -> Any:
+            if verb != "acquire":
+                return None
+            asked.set()
+            return SILENCE
+
+        agent.script = silent
+        ids = [pool.allocate_nowait() for _ in range(pool.stats.free)]
+        await asked.wait()  # one request at a time: whatever was asked before is answered by now
+        ids += [pool.allocate_nowait() for _ in range(pool.stats.free)]
         waiting = asyncio.ensure_future(pool.allocate(timeout=5.0))
         await asyncio.sleep(0.05)
         pool.release(ids[0])
