@@ -233,7 +233,10 @@ def read_session(document: Mapping[str, Any]) -> Session | None:
 
 
 def _whole(value: Any) -> int:
-    """An integer as we write them. Anything else was written by somebody else, and does not count."""
+    """An integer. Shells that write each number as a double leave the one that it was, and MongoDB's guards
+    see none of that; anything else was written by somebody else, and does not count."""
+    if type(value) is float and value.is_integer():
+        value = int(value)
     if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError("expected an integer from 0 to 2**63-1")
     return value

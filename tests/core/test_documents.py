@@ -143,6 +143,9 @@ def test_any_chunk_is_read_as_it_was_written(n: int, pod: tuple[str, str, str], 
         DRSM | {"incarnation": None},
         DRSM | {"incarnation": float("nan")},
         DRSM | {"incarnation": float("inf")},
+        DRSM | {"incarnation": 1e300},
+        DRSM | {"hold_ms": -1.0},
+        DRSM | {"hold_ms": 0.5},
         DRSM | {"hold_ms": float("inf")},
         DRSM | {"instance": "x" * (documents.INSTANCE_MAX + 1)},
         DRSM | {"grant": "0" * (documents.GRANT_MAX + 1)},
@@ -153,6 +156,14 @@ def test_any_chunk_is_read_as_it_was_written(n: int, pod: tuple[str, str, str], 
 def test_an_unreadable_sub_document_does_not_count(drsm: Any) -> None:
     """The chunk is then as a Go pod wrote it; nothing raises."""
     assert _chunk(OURS | {"drsm": drsm}) == Chunk(5, "amf-1", "10.0.0.7", "nf-1")
+
+
+def test_numbers_that_a_shell_has_turned_into_doubles_are_what_they_were() -> None:
+    """Somebody mended a document by hand. Or the chunk would be taken from a pod that lives."""
+    doubles = {name: float(DRSM[name]) for name in ("incarnation", "hold_ms")}
+    assert _chunk(OURS | {"drsm": DRSM | doubles}) == _chunk(OURS)
+    written = SESSION.document | {name: float(SESSION.document[name]) for name in ("term", "incarnation")}
+    assert read_session(written) == SESSION
 
 
 def test_a_sub_document_of_an_older_version_has_defaults() -> None:
