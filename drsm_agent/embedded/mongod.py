@@ -92,7 +92,7 @@ async def start_replica_set(
     A given port is the first member's, the others take the next ones. `parameters` are mongod's
     (`--setParameter`), for example `{"enableTestCommands": 1, "ttlMonitorSleepSecs": 1}`.
     """
-    binary = await asyncio.to_thread(find_mongod)
+    binary = await _found()
     options = ("--replSet", SET_NAME, "--oplogSize", str(oplog_mb))
     ports = [None if port is None else port + number for number in range(members)]
     started = ReplicaSet(
@@ -109,6 +109,17 @@ async def start_replica_set(
 
 async def start_standalone(scratch: Scratch, *, port: int | None = None) -> Mongod:
     """Start a mongod that is no replica set, and so has no change streams."""
-    mongod = Mongod(scratch, await asyncio.to_thread(find_mongod), port=port)
+    mongod = Mongod(scratch, await _found(), port=port)
     await mongod.start()
     return mongod
+
+
+async def _found() -> Path:
+    """The mongod to use. Who is cancelled waits for the search all the same: it runs mongod once, without a
+    mark, and nothing of a start may outlive its scratch."""
+    finding = asyncio.ensure_future(asyncio.to_thread(find_mongod))
+    try:
+        return await asyncio.shield(finding)
+    except asyncio.CancelledError:
+        await asyncio.gather(finding, return_exceptions=True)
+        raise

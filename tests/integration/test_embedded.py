@@ -4,8 +4,10 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -31,6 +33,7 @@ from drsm_agent.embedded import (
     ServerFailed,
     Stack,
     binaries,
+    mongod,
     server,
     start_nats_server,
     start_replica_set,
@@ -221,6 +224,30 @@ async def test_logs_are_kept_after_a_failure_and_the_error_says_where(temporary:
     assert str(caught.value).endswith(log.read_text().rstrip())
     assert not (kept / "data").exists()
     assert not mentioning(temporary)
+
+
+async def test_nothing_is_left_when_the_start_fails_while_mongod_is_looked_for(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To look for it is to run it once."""
+    begun = threading.Event()
+
+    def slow() -> Path:
+        begun.set()
+        subprocess.run(["sleep", "0.5"], check=True)
+        raise AssertionError("nobody waits for this any more")
+
+    async def start() -> None:
+        async with Stack():
+            pass
+
+    monkeypatch.setattr(mongod, "find_mongod", slow)
+    task = asyncio.create_task(start())
+    await asyncio.to_thread(begun.wait)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert nothing_left(temporary)
 
 
 # --- what is missing is said -----------------------------------------------------------------------
