@@ -5,8 +5,8 @@
 - It notices a half-open connection only by pings, every 120 s by default: here every 2 s.
 - Some errors of the server (expired credentials, too many connections) close it for good, whatever the
   settings: a supervising task builds a new client then, and when one has been down for long.
-- With a TLS context but a server that offers none it would go on in clear text: that is refused before
-  any credentials are sent.
+- With a TLS context but a server that offers none it would go on in clear text, and over ws:// it does so
+  whatever the server offers: both are refused before any credentials are sent.
 - An exception in a callback ends its read loop: callbacks here never raise.
 """
 
@@ -72,12 +72,12 @@ class _TlsClient(_Client):
     """Sends nothing of its own, credentials least of all, to a server that does not offer TLS."""
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        server = self._current_server
-        begun = self.options["tls_handshake_first"] or (server is not None and server.uri.scheme == "wss")
-        if initial_connection and not (begun or info.get("tls_required")):
+        scheme = self._current_server.uri.scheme if self._current_server is not None else ""
+        begun = self.options["tls_handshake_first"] or scheme == "wss"
+        if initial_connection and not (begun or (scheme != "ws" and info.get("tls_required"))):
             raise errors.Error(
                 "expected a server that requires TLS, found one that does not; "
-                "enable TLS on the server, or connect without tls"
+                "enable TLS on the server (wss:// instead of ws://), or connect without tls"
             )
         await super()._process_info(info, initial_connection)
 

@@ -12,8 +12,8 @@ one connection, so when it is back the server has everything before it.
 Its read loop ends, and says nothing, at a message whose subject, reply subject or headers it cannot read;
 anybody can send one. Such messages are dropped here.
 
-It encrypts only what the server asks it to encrypt, whatever its caller asked for. Here a server that does
-not offer TLS gets nothing, credentials least of all, when TLS was asked for.
+It encrypts only what the server asks it to encrypt, whatever its caller asked for, and nothing at all over
+ws://. Here a connection in clear text carries nothing, credentials least of all, when TLS was asked for.
 """
 
 import asyncio
@@ -59,12 +59,12 @@ class _Client(Client):
         self._tls = tls
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        server = self._current_server
-        encrypted = info.get("tls_required") or (server is not None and server.uri.scheme == "wss")
+        scheme = self._current_server.uri.scheme if self._current_server is not None else ""
+        encrypted = scheme == "wss" or (scheme != "ws" and info.get("tls_required"))
         if self._tls and initial_connection and not encrypted:
             raise NatsError(
                 "expected a server that requires TLS, found one that does not; "
-                "enable TLS on the server, or take DRSM_NATS_TLS_* and tls:// away"
+                "enable TLS on the server (wss:// instead of ws://), or take DRSM_NATS_TLS_* and tls:// away"
             )
         await super()._process_info(info, initial_connection)
 

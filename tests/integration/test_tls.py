@@ -1,21 +1,26 @@
 """NATS with TLS: agent and SDK with their own certificates, and servers that are not what was asked for."""
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import pytest
 import trustme
+from nats.aio.client import Client, Srv
+from nats.errors import Error as NatsError
 
 from drsm_agent import service
+from drsm_agent.bus import nats_bus
 from drsm_agent.bus.nats_bus import NatsBus
 from drsm_agent.embedded import Scratch, start_nats_server
 from drsm_agent.errors import BusUnavailable
-from drsm_sdk import Drsm, Pod
+from drsm_sdk import Drsm, Pod, nats_transport
 from drsm_sdk.nats_transport import NatsTransport
 from drsm_sdk.transport import NotConnected
 from tests.harness import POOL, Domain
@@ -115,3 +120,28 @@ async def test_nothing_is_sent_in_clear_text_when_tls_was_asked_for(side: str, a
             await transport.close()
         assert asked.is_set()
         assert bytes(received) == b""
+
+
+@pytest.mark.parametrize("side", ["agent", "sdk"])
+@pytest.mark.parametrize(
+    ("scheme", "required", "encrypted"),
+    [
+        ("nats", True, True),
+        ("nats", False, False),
+        ("tls", True, True),
+        ("tls", False, False),
+        ("wss", False, True),
+        ("ws", True, False),
+        ("ws", False, False),
+    ],
+)
+async def test_what_goes_over_a_connection_that_asks_for_tls_is_encrypted(
+    side: str, scheme: str, required: bool, encrypted: bool
+) -> None:
+    """Over ws:// nothing ever is, though a server that has TLS elsewhere says that it requires it."""
+    client: Client = nats_bus._Client(tls=True) if side == "agent" else nats_transport._TlsClient()
+    client.options = {"tls_handshake_first": False}
+    client._current_server = Srv(urlparse(f"{scheme}://127.0.0.1:4222"))
+    refusal = contextlib.nullcontext() if encrypted else pytest.raises(NatsError, match="requires TLS")
+    with refusal:
+        await client._process_info({"tls_required": required}, initial_connection=True)
