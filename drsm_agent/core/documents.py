@@ -17,6 +17,10 @@ POD_NAME_MAX, IP_MAX, INSTANCE_MAX = 253, 64, 256
 for an owner would end every agent, one after the other."""
 GRANT_MAX, REQUEST_ID_MAX = 16, 64
 """As the wire has them; grants go out with claims."""
+REASON_MAX = 64
+"""Of an end; the agent's own are single words, and go out with `pod.down`."""
+PROMISED_MS_MAX = 86_400_000
+"""A day, as `A` has at most. With `W` it is a hold, which must fit into a document, too."""
 
 _CHUNK_ID = re.compile(r"chunkid-(0|[1-9][0-9]{0,18})")
 _SESSION_ID = re.compile(r"(.+):([0-9]{1,20})")
@@ -213,32 +217,36 @@ def read_keepalive(document: Mapping[str, Any]) -> Keepalive | None:
 
 
 def read_session(document: Mapping[str, Any]) -> Session | None:
-    """The session in a document of `drsm_sessions`, or None when it is not readable as one."""
+    """The session in a document of `drsm_sessions`, or None when it is not readable as one. Its `_id` is made
+    of its fields: it is part of the token that an event carries, too."""
     try:
         pod, ip, instance = _who(document["pod"], document["ip"], document["instance"])
+        incarnation = _whole(document["incarnation"])
+        if document.get("_id") != session_key(pod, incarnation):
+            return None
         return Session(
             pod=pod,
             ip=ip,
             instance=instance,
-            incarnation=_whole(document["incarnation"]),
+            incarnation=incarnation,
             term=_whole(document["term"]),
             state=str(document["state"]),
             pools=tuple(map(str, document["pools"])),
             request_id=str(document["request_id"]),
-            promised_ms=_whole(document["promised_ms"]),
-            reason=str(document.get("reason", "")),
+            promised_ms=_whole(document["promised_ms"], PROMISED_MS_MAX),
+            reason=_text(document.get("reason", ""), REASON_MAX),
         )
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 
-def _whole(value: Any) -> int:
+def _whole(value: Any, most: int = 2**63 - 1) -> int:
     """An integer. Shells that write each number as a double leave the one that it was, and MongoDB's guards
     see none of that; anything else was written by somebody else, and does not count."""
     if type(value) is float and value.is_integer():
         value = int(value)
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError("expected an integer from 0 to 2**63-1")
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"expected an integer from 0 to {most}")
     return value
 
 

@@ -308,12 +308,34 @@ def test_a_session_with_an_unreadable_number_is_none(field: str, value: Any) -> 
 
 @pytest.mark.parametrize(
     ("field", "longest"),
-    [("pod", documents.POD_NAME_MAX), ("ip", documents.IP_MAX), ("instance", documents.INSTANCE_MAX)],
+    [
+        ("pod", documents.POD_NAME_MAX),
+        ("ip", documents.IP_MAX),
+        ("instance", documents.INSTANCE_MAX),
+        ("reason", documents.REASON_MAX),
+    ],
 )
-def test_a_session_of_an_owner_that_a_message_may_have_no_room_for_is_none(field: str, longest: int) -> None:
+def test_a_session_that_a_message_may_have_no_room_for_is_none(field: str, longest: int) -> None:
     """The agent writes none."""
-    assert read_session(SESSION.document | {field: "x" * longest}) is not None
-    assert read_session(SESSION.document | {field: "x" * (longest + 1)}) is None
+
+    def session(length: int) -> Session | None:
+        document = SESSION.document | {field: "x" * length}
+        return read_session(document | {"_id": session_key(document["pod"], document["incarnation"])})
+
+    assert session(longest) is not None
+    assert session(longest + 1) is None
+
+
+def test_a_session_by_another_id_than_its_own_is_none() -> None:
+    """Its `_id` is part of the token that goes out with its events, and may be as long as a document."""
+    assert read_session(SESSION.document | {"_id": "amf-2:5"}) is None
+
+
+def test_a_session_that_was_promised_more_than_a_hold_may_be_is_none() -> None:
+    """A claim of its chunk would be no document any more."""
+    most = documents.PROMISED_MS_MAX
+    assert read_session(SESSION.document | {"promised_ms": most}) is not None
+    assert read_session(SESSION.document | {"promised_ms": most + 1}) is None
 
 
 @pytest.mark.parametrize(

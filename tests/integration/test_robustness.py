@@ -113,6 +113,31 @@ async def test_documents_that_make_no_sense_do_not_stop_the_agent(domain: Domain
         assert owners == {"amf-1", "x", ""}
 
 
+async def test_sessions_that_make_no_sense_do_not_stop_the_agent(domain: Domain) -> None:
+    """Too large for any message, named as another, or promised more than there is time: the same."""
+    session = {"type": "session", "pod": "x", "ip": "", "instance": "", "incarnation": 7, "term": 0}
+    session |= {"state": "live", "pools": [POOL], "request_id": "r", "promised_ms": 1000, "reason": ""}
+    vast = "x" * 1_100_000
+    async with domain.served() as asking, mongo_client(domain) as client:
+        sessions = client[domain.database]["drsm_sessions"]
+        chunk = {"_id": "chunkid-900", "type": "chunk", "podId": "y", "podIp": "", "podInstance": ""}
+        drsm = {"pod": "y", "ip": "", "instance": "", "incarnation": 7, "grant": "0" * 16}
+        await client[domain.database][POOL].insert_one(chunk | {"drsm": drsm})
+        await sessions.insert_many(
+            [
+                session | {"_id": "x:7"},
+                session | {"_id": f"{vast}:7"},
+                session | {"_id": "y:7", "pod": "y", "state": "dead", "promised_ms": 2**63 - 1},
+            ]
+        )
+        await sessions.update_one({"_id": "x:7"}, {"$set": {"state": "dead", "reason": vast}})
+        pod = (await asking.open("amf-1")).incarnation
+        acquired = await asking.acquire("amf-1", pod, 3)
+        (claimed,) = await asking.seen(lambda: asking.of(m.ChunkClaimed))
+        assert [n for n, _ in acquired.chunks] == [0, 1, 2]
+        assert claimed.chunks == (900,)
+
+
 async def test_an_agent_that_may_not_publish_events_answers_nothing_and_is_not_ready() -> None:
     """NATS drops such events silently; a chunk granted then would be announced to nobody (G4)."""
     async with Stack(nats_config=NO_EVENTS) as stack:
