@@ -83,7 +83,8 @@ class Life:
 
     Answers to what was sent before `counts_from` extend no lease. `reporting`: the agent does not know this
     session, perhaps only because of a restore, and is being told of it; nothing is issued. `missing` are the
-    pod's pools that the session has not joined. `strikes` counts renewals in a row whose `held` differed;
+    pod's pools that the session has not joined; `unlisted` those that it has, but the agent does not know any
+    more, with the term in which it said so. `strikes` counts renewals in a row whose `held` differed;
     `unsettled` and `reported` wake who asks the agent, or tells it, which chunks there are.
     """
 
@@ -98,6 +99,7 @@ class Life:
     strikes: int = 0
     outstanding: int = 0
     missing: set[str] = field(default_factory=set)
+    unlisted: dict[str, int] = field(default_factory=dict)
     reported: asyncio.Event = field(default_factory=asyncio.Event)
     unsettled: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -384,7 +386,7 @@ class Session:
             for member in self.members.values():
                 member.resume()
         self._see_history(life, answer.stamp.history)
-        self._compare(life, said.held)
+        self._compare(life, said.held, answer.stamp.term)
         for name, count in said.give_back.items():
             if name in self.members:
                 self.members[name].give_back(count)
@@ -397,8 +399,13 @@ class Session:
 
     # --- disagreement ---------------------------------------------------------------------------
 
-    def _compare(self, life: Life, said: dict[str, tuple[int, int]]) -> None:
-        differs = any(said.get(name, (0, 0)) != member.held() for name, member in self.members.items())
+    def _compare(self, life: Life, said: dict[str, tuple[int, int]], term: int) -> None:
+        """A pool that is not on the agent's list differs for ever; only the next leader has another list."""
+        differs = any(
+            said.get(name, (0, 0)) != member.held()
+            for name, member in self.members.items()
+            if name in said or life.unlisted.get(name) != term
+        )
         life.strikes = life.strikes + 1 if differs else 0
         if life.strikes >= STRIKES:
             life.unsettled.set()
@@ -415,7 +422,7 @@ class Session:
             subject = self.subjects.session("chunks")
             try:
                 answer = await self.ask(life, subject, request, wire.SessionChunks, CHUNKS_TIMEOUT)
-                await self._join_forgotten(life, answer.body)
+                await self._join_forgotten(life, answer)
             except DrsmError as error:
                 log.info("the agent did not say which chunks this pod has: %s", error)
                 life.unsettled.set()
@@ -426,12 +433,16 @@ class Session:
             if not life.strikes:
                 backoff.reset()
 
-    async def _join_forgotten(self, life: Life, said: wire.SessionChunks) -> None:
+    async def _join_forgotten(self, life: Life, said: Answer[wire.SessionChunks]) -> None:
         """A restored database may not know that this session has joined a pool: then nothing is compared, and
         while a pod holds what its session may not, no allocation lease is renewed."""
-        for name in sorted(self.members.keys() - said.version.keys() - life.missing):
-            with contextlib.suppress(BadRequest):  # of a pool that was taken off the list
+        for name in sorted(self.members.keys() - said.body.version.keys() - life.missing):
+            if life.unlisted.get(name) == said.stamp.term:
+                continue
+            try:
                 await self.join(life, name)
+            except BadRequest:  # it was taken off the list
+                life.unlisted[name] = said.stamp.term
 
     def _follow(self, said: wire.SessionChunks, stamp: wire.Stamp) -> None:
         for name, member in self.members.items():

@@ -12,13 +12,16 @@ from drsm_sdk.client import OnSilence
 from drsm_sdk.supply import Supply
 from drsm_sdk.testing import Definition, Domain, MemoryTransport
 from drsm_sdk.testing.agent import Packed
+from drsm_sdk.testing.tables import Row
 from drsm_sdk.transport import Message
-from drsm_sdk.wire.messages import POOLS_PER_SESSION_MAX, Failure, Opened
+from drsm_sdk.wire.messages import POOLS_PER_SESSION_MAX, Failure, Opened, Renewed, SessionChunks
 from tests.sdk.fake_agent import SkippingClock, eventually
 
 POOL = "amfid"
 SMALL = Definition(name=POOL, bits=12, block_bits=4, slots=10)
 AMF_1 = Pod("amf-1", "10.0.0.1", "i")
+RENEWALS = 40
+"""More than pass between two questions of a pod that asks again and again at first."""
 
 
 class Stubborn(MemoryTransport):
@@ -142,6 +145,39 @@ async def test_a_pool_that_the_agent_has_forgotten_is_joined_again_without_a_nee
         await eventually(lambda: POOL in session.pools)
         assert pool.held() == held
         assert pool.allocate_nowait() is not None
+
+
+async def test_a_pool_taken_off_the_list_is_joined_again_once_a_leader_and_delays_no_healing_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who holds chunks of it differs from the agent for ever: asking again and again, ever more seldom, it
+    would hear late of what differs in another pool. The next leader may have it on its list again, but a
+    restored database does not know that this pod takes part."""
+    async with Domain(SMALL, "gone", renew=0.02) as domain, domain.drsm(AMF_1) as drsm:
+        pool, gone = [await drsm.join(name) for name in (POOL, "gone")]
+        await eventually(lambda: gone.stats.free >= gone.stats.wanted)
+        agent, said = domain._agent, Counter[type]()
+        (session,) = agent.sessions.values()
+        table, packed = agent.tables.pop("gone"), agent.packed
+        del session.pools["gone"]
+
+        def answered(part: object) -> Packed:
+            said[type(part)] += 1
+            return packed(part)
+
+        monkeypatch.setattr(agent, "packed", answered)
+        await eventually(lambda: said[Failure] > 0)
+        renewed = said[Renewed]
+        await eventually(lambda: said[Renewed] > renewed + RENEWALS)
+        assert said[SessionChunks] == 1
+        n = max(agent.tables[POOL].rows) + 1
+        agent.tables[POOL].rows[n] = Row(session.owner, "0" * 16)
+        agent.tables[POOL].version += 1
+        await eventually(lambda: n in [chunk for chunk, *_ in pool.holdings()])
+        assert said[SessionChunks] == 2
+        agent.tables["gone"] = table
+        agent.lead()
+        await eventually(lambda: "gone" in session.pools)
 
 
 async def test_definitions_that_one_answer_has_no_room_for_are_joined_one_by_one(
