@@ -1,9 +1,9 @@
 """After an announced restore: puts back what living pods report, and lets nobody issue in doubt.
 
-For the longest allocation lease there is, no session from before the restore gets a new one: whatever the
-lost time has decided, about chunks that the restored table does not know, then still holds. By then every
-living pod has reported, and a chunk has one owner again; and only a pod that holds just what the table
-gives it may issue once more.
+Until the end, `A + W` with the longest allocation lease there is, no session from before the restore gets a
+new one: whatever the lost time has decided, about chunks that the restored table does not know, then still
+holds. By then every living pod has reported, and a chunk has one owner again; and only a pod that holds just
+what the table gives it may issue once more.
 """
 
 import asyncio
@@ -36,13 +36,12 @@ class Restorer:
 
     def __init__(self, reign: Reign, restored: Restored | None) -> None:
         self._table, self._relay, self._grants = reign.table, reign.relay, reign.grants
-        self._definitions, self._clock, self._chance = reign.definitions, reign.clock, reign.chance
+        self._definitions, self._chance = reign.definitions, reign.chance
         self._restored = restored
         allocation_ms = round(reign.leases.allocation * 1000)
         sessions = reign.table.sessions.values()
         self.longest_ms = restored.longest(allocation_ms, sessions) if restored else allocation_ms
         self._open = self._grants.restoring = restored is not None and restored.open
-        self._issue_from = self._clock() + self.longest_ms / 1000 if self._open else float("-inf")
         self._said: dict[Key, set[tuple[str, int, str]]] = defaultdict(set)
         self._complete: set[Key] = set()
         self._reports: dict[str, dict[Key, dict[int, Said]]] = {name: {} for name in reign.table.pools}
@@ -58,7 +57,7 @@ class Restorer:
         """Whether a session may get an allocation lease. `agrees`: it holds just what the table says."""
         if self._restored is None or not self._restored.before(session.incarnation):
             return True
-        return agrees and self._clock() >= self._issue_from
+        return agrees and not self._open
 
     def counts(self, pool: str) -> bool:
         """Whether it matters what a pod holds of a pool: not once that was taken off the list, as nobody is

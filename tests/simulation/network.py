@@ -219,7 +219,7 @@ class Connection:
         life = self._life
         if seconds > PATIENCE:
             self.network.node.later(PATIENCE, self._give_up, life)
-        self.network.node.later(seconds, self._mend)
+        self.network.node.later(seconds, self.mend)
 
     @property
     def is_cut(self) -> bool:
@@ -229,7 +229,8 @@ class Connection:
         if life is self._life and (self.to_server.cut or self.to_client.cut):
             self.drop()
 
-    def _mend(self) -> None:
+    def mend(self) -> None:
+        """Carry both ways again."""
         self.to_server.mend()
         self.to_client.mend()
         if not self.connected:

@@ -129,6 +129,10 @@ class Standing:
         """For good: for everybody else it is as if the pod were dead."""
         self._transports[name].connection.cut(out=True, back=True, seconds=FOREVER)
 
+    def reach(self, name: str) -> None:
+        """The network carries to and from a pod again."""
+        self._transports[name].connection.mend()
+
     async def end(self) -> None:
         for node, _, _ in self.agents.values():
             await node.bury()

@@ -1,7 +1,8 @@
 """The end of a restore, and what stays of it, on virtual time."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from drsm_agent.core import writes
 from drsm_agent.core.documents import Owner, chunk_key
 from drsm_agent.restored import announce_restored
-from drsm_sdk import AgentUnavailable, Drsm, ambient
+from drsm_sdk import AgentUnavailable, Drsm, DrsmError, ambient
+from drsm_sdk.changes import Scanned
 from drsm_sdk.rpc import Rpc
 from drsm_sdk.wire import messages as wire
 from drsm_sdk.wire.subjects import Subjects
@@ -24,6 +26,8 @@ LEASES = {"liveness_ttl": 2.5, "allocation_ttl": 8.0, "leader_ttl": 1.0}
 FEWER = {"pools": POOLS[:1], "settings_revision": 2}
 WAIT = 9.0
 """`A + W`, in seconds."""
+LONG_LAG = 6.0
+"""A `W` that leaves time after `A`."""
 LATER = 5.0
 """Seconds in which whoever may do something has done it."""
 LEFT_OVER = 50
@@ -31,8 +35,8 @@ LEFT_OVER = 50
 
 
 @asynccontextmanager
-async def standing() -> AsyncIterator[Standing]:
-    world = Standing(1, POOLS, **LEASES)
+async def standing(pools: Sequence[dict[str, Any]] = POOLS) -> AsyncIterator[Standing]:
+    world = Standing(1, pools, **LEASES)
     try:
         agent = await world.start("before")
         await agent.leader.leading.wait()
@@ -109,6 +113,45 @@ def test_while_the_end_of_a_restore_is_written_nothing_is_claimed() -> None:
             await asyncio.sleep(LATER)
             assert not open_document(world)
             assert {drsm["pod"] for drsm in chunks(world, "two").values()} == {"pod"}
+
+    run(live())
+
+
+def test_until_the_end_of_a_restore_nothing_is_issued_that_a_pod_may_yet_report() -> None:
+    """The restored database gives a chunk to the pod from which another has claimed it in the lost time. That
+    one is cut off until all leases have run out, but not until the end."""
+
+    async def live() -> None:
+        pools = [{"name": "one", "bits": 18, "slots": 10, "usage_lag_ms": LONG_LAG * 1000}]
+        async with standing(pools) as world, world.pod("former") as former:
+            old = await former.join("one")
+            n = await old.allocate() >> 10
+            backup = world.database.back_up()
+            async with world.pod("claimer") as claimer:
+                new = await claimer.join("one", in_use=lambda *_: [])
+                told = new.changes()
+                world.cut_off("former")
+                while not isinstance(await anext(told), Scanned):
+                    pass
+                theirs = set[int]()
+                while sum(id_ >> 10 == n for id_ in theirs) < 5:
+                    theirs.add(await new.allocate(timeout=LATER))
+                await world.stop("before")
+                world.database.restore(backup)
+                world.cut_off("claimer")
+                world.reach("former")
+                await announce_restored(View(world.database, world.node), LEASES["leader_ttl"], 8000)
+                await (await world.start("after")).leader.leading.wait()
+                back_at = world.loop.time() + LEASES["allocation_ttl"] + LONG_LAG - 1
+                ours = set[int]()
+                while len(ours) < 100:
+                    await asyncio.sleep(0.1)
+                    with contextlib.suppress(DrsmError):
+                        ours.add(old.allocate_nowait())
+                    if world.loop.time() > back_at:
+                        world.reach("claimer")
+                assert not open_document(world)
+                assert not ours & theirs
 
     run(live())
 

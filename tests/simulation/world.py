@@ -862,7 +862,7 @@ class World:
         for agent in self.agents:
             agent.view.cut = False
         for connection in list(self.network.connections):
-            connection._mend()
+            connection.mend()
 
     async def _until_healed(self, most: float) -> None:
         """Until all that the judgement demands has held for a while, at most so many seconds."""
