@@ -14,6 +14,7 @@ import structlog
 
 from drsm_agent.core import restore, writes
 from drsm_agent.core.documents import DEAD, Session
+from drsm_agent.core.placement import visible_ms
 from drsm_agent.core.restore import Key, Restored, Said, Step
 from drsm_agent.core.table import PoolTable
 from drsm_agent.errors import Refused, StoreUnavailable
@@ -168,7 +169,7 @@ class Restorer:
         self._decided = asyncio.Event()
 
     async def _write(self, pool: PoolTable, steps: list[Step]) -> None:
-        hold_ms = self.longest_ms + self._definitions[pool.name].usage_lag_ms
+        hold_ms = self.longest_ms + visible_ms(self._definitions[pool.name].usage_lag_ms)
         for batch in _batches(steps):
             decided = []
             for step in batch:

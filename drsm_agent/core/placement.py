@@ -52,11 +52,16 @@ def hold_ms(orphan: Chunk, former: Session | None, allocation_ms: int, usage_lag
     issued is visible to the scan.
 
     `W` after a graceful close of an owner whose chunk was unmarked; otherwise `A + W` with the largest
-    `A` promised to any owner since the mark was last clear. `allocation_ms` is today's `A`. The new owner's
-    clock may run fast, and count `W` too soon: it gets `W * (1 + r)`. (`A` has its margin at its holder.)
+    `A` promised to any owner since the mark was last clear. `allocation_ms` is today's `A`.
     """
-    visible_ms = ceil(usage_lag_ms * (1 + RATE))
+    visible = visible_ms(usage_lag_ms)
     if former and former.reason == "closed" and not orphan.marked:
-        return visible_ms
+        return visible
     promised = max(allocation_ms, former.promised_ms if former else 0)
-    return max(orphan.hold_ms, promised + visible_ms)
+    return max(orphan.hold_ms, promised + visible)
+
+
+def visible_ms(usage_lag_ms: int) -> int:
+    """`W` as a new owner counts it, whose clock may run fast: `W * (1 + r)`. (`A` has its margin at its
+    holder.)"""
+    return ceil(usage_lag_ms * (1 + RATE))

@@ -94,6 +94,20 @@ def test_while_the_end_of_a_restore_is_written_nothing_is_granted() -> None:
     run(live())
 
 
+def test_what_a_restore_takes_from_a_pod_is_held_with_the_margin_for_a_fast_clock() -> None:
+    """As what is claimed."""
+
+    async def live() -> None:
+        async with standing() as world, world.pod("pod") as pod:
+            await pod.join("one")
+            await restore(world, pod)
+            await asyncio.sleep(WAIT + LATER)
+            drsm = chunks(world, "one")[LEFT_OVER]
+            assert (drsm["marked"], drsm["hold_ms"]) == (True, 8000 + 1005)
+
+    run(live())
+
+
 def test_while_the_end_of_a_restore_is_written_nothing_is_claimed() -> None:
     """Else who claims a chunk loses it again as one that it does not hold."""
 
