@@ -397,7 +397,7 @@ class NatsTransport:
         return client
 
     def _wants_tls(self) -> bool:
-        encrypted = any(url.startswith("tls://") for url in _urls(self.servers))
+        encrypted = any(url.startswith(("tls://", "wss://")) for url in _urls(self.servers))
         return self.options.get("tls") is not None or encrypted
 
 

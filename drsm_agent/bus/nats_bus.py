@@ -123,7 +123,7 @@ class NatsBus:
     @classmethod
     async def connect(cls, url: str, *, name: str, timeout: float, **options: Any) -> "NatsBus":
         """Connect within `timeout` seconds, trying again meanwhile. Raises BusUnavailable, Misconfigured."""
-        bus = cls(_Client(tls="tls" in options or "tls://" in url))
+        bus = cls(_Client(tls=_wants_tls(url, options)))
         try:
             async with asyncio.timeout(timeout):
                 await bus._connect(url, name, options)
@@ -338,6 +338,11 @@ class NatsBus:
     async def _on_closed(self) -> None:
         if not self._broken.done():
             self._broken.set_result(str(self._client.last_error or "closed"))
+
+
+def _wants_tls(url: str, options: Mapping[str, Any]) -> bool:
+    """One server by `tls://` or `wss://` is enough: the others, also those it tells of, are no way around."""
+    return "tls" in options or any(one.startswith(("tls://", "wss://")) for one in url.split(","))
 
 
 def _parts(said: str) -> tuple[str, str]:

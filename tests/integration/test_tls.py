@@ -145,3 +145,18 @@ async def test_what_goes_over_a_connection_that_asks_for_tls_is_encrypted(
     refusal = contextlib.nullcontext() if encrypted else pytest.raises(NatsError, match="requires TLS")
     with refusal:
         await client._process_info({"tls_required": required}, initial_connection=True)
+
+
+@pytest.mark.parametrize(
+    ("url", "wanted"),
+    [
+        ("nats://a:4222,nats://b:4222", False),
+        ("nats://a:4222,tls://b:4222", True),
+        ("ws://a:443,wss://b:443", True),
+        ("ws://a:443", False),
+    ],
+)
+def test_one_encrypted_server_in_the_list_asks_for_tls_of_all(url: str, wanted: bool) -> None:
+    """Also of those that it tells of, which nats-py takes for `nats://`."""
+    assert nats_bus._wants_tls(url, {}) is wanted
+    assert NatsTransport(url.split(","))._wants_tls() is wanted
