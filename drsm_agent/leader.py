@@ -22,7 +22,7 @@ from drsm_agent.core.documents import Document
 from drsm_agent.core.election import Election
 from drsm_agent.core.events import Version
 from drsm_agent.core.lease import Leases
-from drsm_agent.core.restore import Restored, read_restored
+from drsm_agent.core.restore import Restored, announce, read_restored
 from drsm_agent.core.session import LivenessLeases, full_leases
 from drsm_agent.core.settings import former_liveness
 from drsm_agent.core.table import Table
@@ -273,6 +273,8 @@ class Leader:
         check_current(settings, parts.definitions)
         self._former_liveness = former_liveness(settings)
         restored = read_restored(settings)
+        if restored and (anew := restored.resumed(lead.term, parts.definitions)):
+            restored = await self._resume_restore(lead, restored, anew)
         if restored and lead.term <= restored.term:
             self._highest = restored.term
             raise LeadLost(f"a restore was announced: terms go on above {restored.term}")
@@ -303,6 +305,17 @@ class Leader:
                 await asyncio.Event().wait()
             finally:
                 parts.feed.on_change = None
+
+    async def _resume_restore(self, lead: Lead, before: Restored, anew: Restored) -> Restored:
+        """The next lead takes reports: its sessions are told by their terms from those who report."""
+
+        async def write() -> None:
+            lead.check()
+            await self._parts.store.write([announce(before, anew)])
+
+        await _retrying(write)
+        log.warning("restore_resumed", pools=sorted({*before.unsettled} & self._parts.definitions.keys()))
+        return anew
 
     async def _subscribed(self, subject: str, endpoints: Endpoints) -> Subscription:
         """Raises Unheard where NATS does not allow it: another agent may have the permission."""

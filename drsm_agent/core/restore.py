@@ -8,7 +8,7 @@ grant, marked and held, so that neither issues from it before the application wa
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from drsm_agent.core.documents import GO_INCARNATION, Chunk, Document, Owner, Session
 from drsm_agent.core.table import PoolTable
@@ -45,6 +45,13 @@ class Restored:
     def before(self, incarnation: int) -> bool:
         """Whether an incarnation is from before the restore."""
         return incarnation >> 32 <= self.term
+
+    def resumed(self, term: int, pools: Collection[str]) -> "Restored | None":
+        """The same restore anew, for all sessions of terms up to `term`, if a pool came back on the list of
+        which nobody has put back the chunks; else None. No session was lost since."""
+        if self.open or not set(self.unsettled) & set(pools):
+            return None
+        return replace(self, term=term, incarnation=(term + 1) << 32, open=True)
 
     def lost(self, incarnation: int) -> bool:
         """Whether an incarnation began in the time that was lost: one from before that the database does

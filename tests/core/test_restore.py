@@ -1,5 +1,7 @@
 """Who owns what after a restore, decided from what living pods report."""
 
+from dataclasses import replace
+
 from drsm_agent.core.documents import LIVE, Chunk, Drsm, Owner, Session
 from drsm_agent.core.restore import Decided, Restored, Said, announce, close, decide, left_over, read_restored
 from drsm_agent.core.table import SESSIONS, Hashes, PoolTable, Table
@@ -130,3 +132,15 @@ def test_a_restore_is_announced_once_by_one_write() -> None:
     assert updated.where == {"_id": "restored", "term": 10}
     assert read_restored([second.document]) == second
     assert (closed.where["term"], closed.set) == (20, {"open": False, "unsettled": ["two"]})
+
+
+def test_a_restore_goes_on_when_a_pool_comes_back_whose_chunks_nobody_has_put_back() -> None:
+    """For all sessions that there are then; what the database has purged since was not lost."""
+    done = Restored(20, 7 << 32, 1000, open=False, unsettled=("two",))
+    assert done.resumed(30, {"one"}) is None
+    assert replace(done, open=True).resumed(30, {"two"}) is None
+    anew = done.resumed(30, {"one", "two"})
+    assert anew == Restored(30, 31 << 32, 1000, open=True, unsettled=("two",))
+    assert anew.before(30 << 32 | 5)
+    assert not anew.lost(30 << 32 | 5)
+    assert isinstance(announce(done, anew), Update)

@@ -232,3 +232,42 @@ async def lease(world: Standing, drsm: Drsm, held: dict[str, tuple[int, int]]) -
     asking = Rpc(transport, world.loop.time, ambient.Chance(world.chance))
     answer = await asking.once(Subjects("drsm").session("renew"), request, wire.Renewed, LATER)
     return answer.body.allocation_ms
+
+
+def test_a_pool_that_comes_back_on_the_list_without_its_chunks_put_back_begins_the_restore_anew() -> None:
+    """It was taken off together with the restore. Else the pod that the restored database gives a chunk to
+    would issue from it at once, while the one that has claimed it in the lost time has ids of it."""
+
+    async def live() -> None:
+        pools = [{"name": name, "bits": 18, "slots": 10, "usage_lag_ms": 1000} for name in ("one", "two")]
+        fewer = {"pools": pools[:1], "settings_revision": 2}
+        async with standing(pools) as world, world.pod("former") as former:
+            await former.join("one")
+            old = await former.join("two")
+            n = await old.allocate() >> 10
+            backup = world.database.back_up()
+            async with world.pod("claimer") as claimer:
+                await claimer.join("one")
+                new = await claimer.join("two", in_use=lambda *_: [])
+                told = new.changes()
+                world.cut_off("former")
+                while not isinstance(await anext(told), Scanned):
+                    pass
+                theirs = set[int]()
+                while sum(id_ >> 10 == n for id_ in theirs) < 5:
+                    theirs.add(await new.allocate(timeout=LATER))
+                await world.stop("before")
+                world.database.restore(backup)
+                world.reach("former")
+                await announce_restored(View(world.database, world.node), LEASES["leader_ttl"], 8000)
+                await (await world.start("fewer", **fewer)).leader.leading.wait()
+                await asyncio.sleep(WAIT + LATER)
+                assert not open_document(world)
+                assert (former.state, claimer.state) == ("lapsed", "lapsed")
+                await world.stop("fewer")
+                await (await world.start("all", settings_revision=3)).leader.leading.wait()
+                ours = {await old.allocate(timeout=WAIT + LATER) for _ in range(20)}
+                assert not ours & theirs
+                assert await new.allocate(timeout=LATER) not in ours
+
+    run(live())
