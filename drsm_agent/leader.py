@@ -8,7 +8,7 @@ task group, and the task that keeps the lead ends it.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TypeVar
@@ -24,7 +24,7 @@ from drsm_agent.core.events import Version
 from drsm_agent.core.lease import Leases
 from drsm_agent.core.restore import Restored, announce, read_restored
 from drsm_agent.core.session import LivenessLeases, full_leases
-from drsm_agent.core.settings import former_liveness
+from drsm_agent.core.settings import former_liveness, pools_of
 from drsm_agent.core.table import Table
 from drsm_agent.endpoints import Endpoints
 from drsm_agent.errors import (
@@ -294,7 +294,8 @@ class Leader:
         async with AsyncExitStack() as subscriptions:
             probed = await self._subscribed(parts.subjects.probe, endpoints)
             subscriptions.push_async_callback(probed.stop)
-            await self._answer_and_judge(lead, state, restored, relay, endpoints=endpoints, tasks=tasks)
+            restore = restored, pools_of(settings)
+            await self._answer_and_judge(lead, state, restore, relay, endpoints=endpoints, tasks=tasks)
             serving = await self._subscribed(parts.subjects.all_requests, endpoints)
             subscriptions.push_async_callback(serving.stop)
             await probed.stop()
@@ -328,7 +329,7 @@ class Leader:
         self,
         lead: Lead,
         state: State,
-        restored: Restored | None,
+        restore: tuple[Restored | None, Collection[str]],
         relay: Relay,
         *,
         endpoints: Endpoints,
@@ -345,7 +346,7 @@ class Leader:
         )
         tasks.create_task(probe.run(), name="probe")
         await probe.answered.wait()
-        hearing, grants = Hearing(parts.clock), self._grants(state, restored)
+        hearing, grants = Hearing(parts.clock), self._grants(state, restore[0])
         reign = Reign(
             lead=lead,
             table=state.table,
@@ -361,7 +362,7 @@ class Leader:
             chance=parts.chance,
             metrics=parts.metrics,
         )
-        restorer = Restorer(reign, restored)
+        restorer = Restorer(reign, *restore)
         requests, reaper, mirrors = (
             Requests(reign, restorer, tasks),
             Reaper(reign, probe, parts.feed.stands_still),

@@ -8,7 +8,7 @@ what the table gives it may issue once more.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import structlog
 
@@ -28,17 +28,20 @@ DECIDE_TIMEOUT = 1.5
 """Less than a requester waits for an answer; it then asks again."""
 WRITES_MAX = 1000
 """Chunks that one bulk write puts back."""
+LEFT_OUT_MAX = 256
+"""Pools that pods report and the database does not know: as many as a list may have."""
 
 log = structlog.get_logger("drsm_agent.restorer")
 
 
 class Restorer:
-    """What one lead knows of the last restore; None: there never was one."""
+    """What one lead knows of the last restore; None: there never was one. `defined` are all pools that the
+    database tells of, also those that were taken off the list before its backup."""
 
-    def __init__(self, reign: Reign, restored: Restored | None) -> None:
+    def __init__(self, reign: Reign, restored: Restored | None, defined: Collection[str]) -> None:
         self._table, self._relay, self._grants = reign.table, reign.relay, reign.grants
         self._definitions, self._chance = reign.definitions, reign.chance
-        self._restored = restored
+        self._restored, self._defined = restored, defined
         allocation_ms = round(reign.leases.allocation * 1000)
         sessions = reign.table.sessions.values()
         self.longest_ms = restored.longest(allocation_ms, sessions) if restored else allocation_ms
@@ -49,6 +52,7 @@ class Restorer:
         self._accepted: dict[str, set[tuple[Key, int]]] = {name: set() for name in reign.table.pools}
         self._refused: dict[str, set[tuple[Key, int]]] = {name: set() for name in reign.table.pools}
         self._ours: dict[str, dict[int, str]] = {name: {} for name in reign.table.pools}
+        self._left_out: set[str] = set()
         self._news = asyncio.Event()
         self._decided = asyncio.Event()
 
@@ -92,6 +96,8 @@ class Restorer:
         Refused, to be repeated, while that cannot be known yet."""
         for pool, n, grant, marked in report.chunks:
             self._said[key].add((pool, n, grant))
+            if pool not in self._defined and len(self._left_out) < LEFT_OUT_MAX:
+                self._left_out.add(pool)
             if pool in self._reports and n < self._definitions[pool].capacity:
                 self._reports[pool].setdefault(key, {})[n] = Said(grant, marked)
         if len(self._said[key]) >= report.total:
@@ -143,8 +149,9 @@ class Restorer:
         for pool in self._table.pools.values():
             reports, ours = self._reports[pool.name], self._ours[pool.name]
             await self._write(pool, list(restore.left_over(pool, reports, self._complete, ours)))
-        await self._relay.write_unseen([restore.close(restored, self._table.pools)])
-        self._open = self._grants.restoring = False
+        settled = restored.settled(self._table.pools, self._left_out)
+        await self._relay.write_unseen([restore.close(settled)])
+        self._restored, self._open, self._grants.restoring = settled, False, False
         accepted = sum(map(len, self._accepted.values()))
         log.info("restored", pods=len(self._said), put_back=accepted)
 

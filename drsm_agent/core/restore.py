@@ -23,7 +23,7 @@ TERMS_AHEAD = 2**20
 class Restored:
     """The last announced restore. Sessions of terms up to `term` are from before it; while it is `open`,
     reports are taken. `incarnation` is the highest and `allocation_ms` the largest `A` that the restored
-    database knew of; `unsettled` are the pools on its list whose chunks nobody has put back."""
+    database knew of; `unsettled` are the pools whose chunks nobody has put back: on its list, or reported."""
 
     term: int
     incarnation: int
@@ -52,6 +52,10 @@ class Restored:
         if self.open or not set(self.unsettled) & set(pools):
             return None
         return replace(self, term=term, incarnation=(term + 1) << 32, open=True)
+
+    def settled(self, pools: Collection[str], left_out: Collection[str]) -> "Restored":
+        """The same once the chunks of `pools` are put back, and pods have reported some in `left_out`."""
+        return replace(self, unsettled=tuple(sorted({*self.unsettled, *left_out} - set(pools))))
 
     def lost(self, incarnation: int) -> bool:
         """Whether an incarnation began in the time that was lost: one from before that the database does
@@ -86,11 +90,10 @@ def announce(before: Restored | None, restored: Restored) -> Insert | Update:
     return Update(SETTINGS, guard, set={k: v for k, v in restored.document.items() if k != "_id"})
 
 
-def close(restored: Restored, settled: Collection[str]) -> Update:
-    """Everybody has had the time to report, under one leader, and these pools are `settled`."""
-    unsettled = [pool for pool in restored.unsettled if pool not in settled]
+def close(restored: Restored) -> Update:
+    """Everybody has had the time to report, under one leader."""
     guard = {"_id": "restored", "term": restored.term}
-    return Update(SETTINGS, guard, set={"open": False, "unsettled": unsettled})
+    return Update(SETTINGS, guard, set={"open": False, "unsettled": list(restored.unsettled)})
 
 
 # --- what living pods hold --------------------------------------------------------------------------

@@ -42,6 +42,12 @@ def former_liveness(documents: Iterable[Document]) -> float:
     return max(durations, default=0) / 1000
 
 
+def pools_of(documents: Iterable[Document]) -> set[str]:
+    """All pools that were ever defined, on the list or not."""
+    keys = (str(document["_id"]) for document in documents)
+    return {key.removeprefix(POOL_PREFIX) for key in keys if key.startswith(POOL_PREFIX)}
+
+
 def _former(old: Document) -> Document:
     return {FORMER: old["liveness_ms"]} if "liveness_ms" in old else {}
 

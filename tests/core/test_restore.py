@@ -123,15 +123,16 @@ def test_incarnations_of_the_lost_time_are_told_from_those_before_and_after() ->
 
 def test_a_restore_is_announced_once_by_one_write() -> None:
     """Guarded by the one that was announced before; and read back as it was written. Its end leaves open the
-    pools that its leader did not know."""
+    pools that its leader did not know, be it that the database told of them or a pod."""
     first, second = Restored(10, 1, 1000), Restored(20, 2, 1000, unsettled=("one", "two"))
-    inserted, updated, closed = announce(None, first), announce(first, second), close(second, {"one", "new"})
+    inserted, updated = announce(None, first), announce(first, second)
+    closed = close(second.settled({"one", "new"}, {"new", "three"}))
     assert isinstance(inserted, Insert)
     assert read_restored([{"_id": "settings"}, inserted.document]) == first
     assert isinstance(updated, Update)
     assert updated.where == {"_id": "restored", "term": 10}
     assert read_restored([second.document]) == second
-    assert (closed.where["term"], closed.set) == (20, {"open": False, "unsettled": ["two"]})
+    assert (closed.where["term"], closed.set) == (20, {"open": False, "unsettled": ["three", "two"]})
 
 
 def test_a_restore_goes_on_when_a_pool_comes_back_whose_chunks_nobody_has_put_back() -> None:

@@ -224,6 +224,24 @@ def test_what_a_pod_holds_of_a_pool_on_the_list_counts_whether_it_has_joined_tha
     run(live())
 
 
+def test_a_pool_taken_off_the_list_before_the_backup_keeps_no_pod_from_issuing_of_others() -> None:
+    """Whoever holds some of it reports it all the same."""
+
+    async def live() -> None:
+        async with standing() as world, world.pod("pod") as pod:
+            one = await pod.join("one")
+            await pod.join("two")
+            await world.stop("before")
+            await (await world.start("before", **FEWER)).leader.leading.wait()
+            await restore(world, pod, **FEWER)
+            await asyncio.sleep(WAIT + LATER)
+            assert not open_document(world)
+            assert pod.state == "live"
+            assert one.valid(one.allocate_nowait())
+
+    run(live())
+
+
 async def lease(world: Standing, drsm: Drsm, held: dict[str, tuple[int, int]]) -> int:
     """The allocation lease that a renewal gets which says so of its chunks."""
     transport = PodTransport(world.network, world.node)
@@ -269,5 +287,38 @@ def test_a_pool_that_comes_back_on_the_list_without_its_chunks_put_back_begins_t
                 ours = {await old.allocate(timeout=WAIT + LATER) for _ in range(20)}
                 assert not ours & theirs
                 assert await new.allocate(timeout=LATER) not in ours
+
+    run(live())
+
+
+def test_a_pool_that_only_pods_know_of_counts_as_one_that_was_taken_off() -> None:
+    """It was put on the list in the lost time, and the agents go by the list of the backup."""
+
+    async def live() -> None:
+        world = Standing(1, POOLS, **LEASES)
+        try:
+            await (await world.start("fewer", pools=POOLS[:1])).leader.leading.wait()
+            backup = world.database.back_up()
+            await world.stop("fewer")
+            await (await world.start("before", settings_revision=2)).leader.leading.wait()
+            async with world.pod("pod") as pod:
+                await pod.join("one")
+                two = await pod.join("two")
+                theirs = {await two.allocate() for _ in range(5)}
+                await world.stop("before")
+                world.database.restore(backup)
+                await announce_restored(View(world.database, world.node), LEASES["leader_ttl"], 8000)
+                await (await world.start("after", pools=POOLS[:1])).leader.leading.wait()
+                await asyncio.sleep(WAIT + LATER)
+                assert not open_document(world)
+                assert pod.state == "lapsed"
+                await world.stop("after")
+                await (await world.start("all", settings_revision=2)).leader.leading.wait()
+                async with world.pod("other") as other:
+                    ours = {await (await other.join("two")).allocate(timeout=WAIT) for _ in range(5)}
+                    assert all(two.valid(id_) for id_ in theirs)
+                    assert not ours & theirs
+        finally:
+            await world.end()
 
     run(live())
