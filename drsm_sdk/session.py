@@ -426,7 +426,8 @@ class Session:
             except DrsmError as error:
                 log.info("the agent did not say which chunks this pod has: %s", error)
                 life.unsettled.set()
-                backoff.reset()
+                if isinstance(error, AgentUnavailable):  # it took its time; a refusal comes at once, again
+                    backoff.reset()
             else:
                 self._follow(answer.body, answer.stamp)
             await asyncio.sleep(backoff.delay())

@@ -180,6 +180,26 @@ async def test_a_pool_taken_off_the_list_is_joined_again_once_a_leader_and_delay
         await eventually(lambda: "gone" in session.pools)
 
 
+async def test_a_list_of_chunks_that_no_answer_has_room_for_is_asked_for_ever_more_seldom(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each costs the agent as much as one that it could send."""
+    monkeypatch.setattr("drsm_sdk.session.RECONCILE_FIRST", 0.01)
+    async with Domain(SMALL, renew=0.02) as domain, domain.drsm(AMF_1) as drsm:
+        await drsm.join(POOL)
+        packed, said = domain._agent.packed, Counter[type]()
+
+        def answered(part: object) -> Packed:
+            said[type(part)] += 1
+            return packed(Failure("too_large", "no room") if isinstance(part, SessionChunks) else part)
+
+        monkeypatch.setattr(domain._agent, "packed", answered)
+        (session,) = domain._agent.sessions.values()
+        domain._agent.tables[POOL].rows[99] = Row(session.owner, "0" * 16)
+        await eventually(lambda: said[Renewed] > RENEWALS)
+        assert 0 < said[SessionChunks] < RENEWALS / 4
+
+
 async def test_definitions_that_one_answer_has_no_room_for_are_joined_one_by_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
