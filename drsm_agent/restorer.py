@@ -153,7 +153,7 @@ class Restorer:
         await self._relay.write_unseen([restore.close(settled)])
         self._restored, self._open, self._grants.restoring = settled, False, False
         accepted = sum(map(len, self._accepted.values()))
-        log.info("restored", pods=len(self._said), put_back=accepted)
+        log.info("restored", pods=len(self._said), put_back=accepted, left_out=list(settled.unsettled))
 
     async def _settle(self, *, last: bool = False) -> None:
         for pool in self._table.pools.values():
