@@ -400,11 +400,12 @@ class Session:
     # --- disagreement ---------------------------------------------------------------------------
 
     def _compare(self, life: Life, said: dict[str, tuple[int, int]], term: int) -> None:
-        """A pool that is not on the agent's list differs for ever; only the next leader has another list."""
+        """A pool that is not on the agent's list differs for ever; only the next leader has another list.
+        What there is in one that is being joined is not taken up before it is."""
         differs = any(
             said.get(name, (0, 0)) != member.held()
             for name, member in self.members.items()
-            if name in said or life.unlisted.get(name) != term
+            if name not in life.missing and (name in said or life.unlisted.get(name) != term)
         )
         life.strikes = life.strikes + 1 if differs else 0
         if life.strikes >= STRIKES:

@@ -14,7 +14,7 @@ from drsm_sdk.testing import Definition, Domain, MemoryTransport
 from drsm_sdk.testing.agent import Packed
 from drsm_sdk.testing.tables import Row
 from drsm_sdk.transport import Message
-from drsm_sdk.wire.messages import POOLS_PER_SESSION_MAX, Failure, Opened, Renewed, SessionChunks
+from drsm_sdk.wire.messages import POOLS_PER_SESSION_MAX, Failure, Joined, Opened, Renewed, SessionChunks
 from tests.sdk.fake_agent import SkippingClock, eventually
 
 POOL = "amfid"
@@ -220,6 +220,36 @@ async def test_definitions_that_one_answer_has_no_room_for_are_joined_one_by_one
         for pool in pools:
             assert pool.valid(await pool.allocate(timeout=10.0))
         assert asked == [2, 0]
+
+
+async def test_what_the_agent_sees_in_a_pool_that_is_still_being_joined_is_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The answer to joining it may be lost, and the session be given chunks of others meanwhile. Asking for
+    them in vain, ever more seldom, the pod would take them up late."""
+    async with Domain(SMALL, renew=0.02) as domain, domain.drsm(AMF_1) as drsm:
+        await drsm.join(POOL)
+        agent, first, said = domain._agent, drsm.incarnation, Counter[type]()
+        packed, serve = agent.packed, agent.serve
+
+        def answered(part: object) -> Packed:
+            said[type(part)] += 1
+            no_room = isinstance(part, Opened) and part.definitions
+            return packed(Failure("too_large", "no room") if no_room else part)
+
+        def lost(subject: str, data: bytes) -> list[Packed]:
+            answers = serve(subject, data)
+            return [] if subject.endswith(".join") else answers
+
+        monkeypatch.setattr(agent, "packed", answered)
+        monkeypatch.setattr(agent, "serve", lost)
+        domain.lose("amf-1")
+        await eventually(lambda: said[Joined] and drsm.incarnation not in {None, first})
+        (session,) = agent.alive()
+        agent.tables[POOL].rows[99] = Row(session.owner, "0" * 16)
+        renewed = said[Renewed]
+        await eventually(lambda: said[Renewed] > renewed + RENEWALS)
+        assert said[SessionChunks] == 0
 
 
 async def test_a_pod_joins_no_more_pools_than_a_session_may_have() -> None:
