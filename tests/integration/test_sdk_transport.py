@@ -165,7 +165,7 @@ async def test_a_cancellation_that_comes_together_with_the_answer_ends_the_task(
 
     async def ask() -> None:
         for i in itertools.count():
-            await transport.request("ask", str(i).encode(), 1.0)
+            await transport.request("ask", str(i).encode(), 10.0)
 
     def cancel(_: Message) -> None:
         asking.cancel()
@@ -175,7 +175,7 @@ async def test_a_cancellation_that_comes_together_with_the_answer_ends_the_task(
     await transport.subscribe("over", cancel)
     for _ in range(10):
         asking = asyncio.create_task(ask())
-        await asyncio.wait([asking], timeout=5.0)
+        await asyncio.wait([asking], timeout=20.0)
         assert asking.cancelled()
     await transport.close()
     await responder.close()

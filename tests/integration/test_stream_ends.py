@@ -225,13 +225,13 @@ async def test_a_cursor_that_is_over_without_a_reason_is_answered_by_a_new_histo
     async with served(domain) as w, mongo_client(domain) as client:
         with capture_logs() as logs:
             await client.drop_database(domain.database)
-            await w.asking.seen(lambda: len(w.asking.of(m.Reset)) == 2)
+            await w.asking.seen(lambda: len(w.asking.of(m.Reset)) >= 2)
         assert ends(w.agent) == {(OVER, ""): 1}
         (lost,) = [log for log in logs if log["event"] == "position_lost"]
         assert (lost["end"], lost["action"]) == (OVER, "reading everything anew")
         await w.acquire("amf-2")
         await demuxes_equal_mongodb(w.domain, w.demux)
-        assert len(w.histories) == 2
+        assert len(w.histories) >= 2  # a third where the lead is won anew, as its record is gone, too
 
 
 async def test_after_a_drop_another_end_does_not_make_chunks_look_free(domain: Domain) -> None:
