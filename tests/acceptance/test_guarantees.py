@@ -210,7 +210,7 @@ async def test_a_request_that_waits_for_the_store_holds_up_no_other() -> None:
             try:
                 waiting = asyncio.create_task(asking.acquire("amf-1", pod))
                 for _ in range(20):
-                    pools = await asking.ask(asking.subjects.pools, m.Empty(), m.Pools, 1.0)
+                    pools = await asking.ask(asking.subjects.pools, m.Empty(), m.Pools)
                     assert pools.leader.term == 1
                 assert not waiting.done()
             finally:

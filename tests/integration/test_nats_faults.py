@@ -144,7 +144,7 @@ async def test_a_server_in_lame_duck_mode_is_left_at_once(make: Make, scratch: S
     line = await make([server.url for server in servers.values()])
     lame = servers[line.port]
     lame._signal(signal.SIGUSR2)
-    await within(_moved(line, lame.port), 5.0)
+    await within(_moved(line, lame.port), 15.0)
     await eventually_said(line, b"fresh")
 
 

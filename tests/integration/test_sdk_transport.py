@@ -129,7 +129,7 @@ async def test_messages_that_cannot_be_read_do_not_end_the_connection(server: Na
     for count, packet in enumerate(unreadable("echo").values(), start=1):
         await raw(server.url, packet)
         await transport.publish("echo", b"good")
-        await eventually(partial(lambda wanted: heard.count(b"good") == wanted, count), 1.0)
+        await eventually(partial(lambda wanted: heard.count(b"good") == wanted, count))
     assert transport.epoch == 1
     await transport.close()
 
