@@ -197,7 +197,7 @@ async def test_a_list_of_chunks_that_no_answer_has_room_for_is_asked_for_ever_mo
         (session,) = domain._agent.sessions.values()
         domain._agent.tables[POOL].rows[99] = Row(session.owner, "0" * 16)
         await eventually(lambda: said[Renewed] > RENEWALS)
-        assert 0 < said[SessionChunks] < RENEWALS / 4
+        assert 0 < said[SessionChunks] < RENEWALS / 2
 
 
 async def test_definitions_that_one_answer_has_no_room_for_are_joined_one_by_one(
