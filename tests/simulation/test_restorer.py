@@ -11,7 +11,7 @@ import pytest
 from drsm_agent.core import writes
 from drsm_agent.core.documents import Owner, chunk_key
 from drsm_agent.restored import announce_restored
-from drsm_sdk import AgentUnavailable, Drsm, DrsmError, ambient
+from drsm_sdk import AgentUnavailable, Drsm, DrsmError, Pool, ambient
 from drsm_sdk.changes import Scanned
 from drsm_sdk.rpc import Rpc
 from drsm_sdk.wire import messages as wire
@@ -58,6 +58,20 @@ async def restore(world: Standing, drsm: Drsm, **other: Any) -> None:
 def incarnation(drsm: Drsm) -> int:
     assert drsm.incarnation is not None
     return drsm.incarnation
+
+
+async def issued_after_a_claim(world: Standing, pool: Pool, n: int) -> set[int]:
+    """The pod `former` is cut off, `pool`'s pod claims and scans its chunk, and issues, five ids from it."""
+    told = pool.changes()
+    world.cut_off("former")
+    while not isinstance(await anext(told), Scanned):
+        pass
+    issued = set[int]()
+    while sum(id_ >> 10 == n for id_ in issued) < 5:
+        id_ = await pool.allocate(timeout=LATER)
+        assert isinstance(id_, int)
+        issued.add(id_)
+    return issued
 
 
 def chunks(world: Standing, pool: str) -> dict[int, Any]:
@@ -143,13 +157,7 @@ def test_until_the_end_of_a_restore_nothing_is_issued_that_a_pod_may_yet_report(
             backup = world.database.back_up()
             async with world.pod("claimer") as claimer:
                 new = await claimer.join("one", in_use=lambda *_: [])
-                told = new.changes()
-                world.cut_off("former")
-                while not isinstance(await anext(told), Scanned):
-                    pass
-                theirs = set[int]()
-                while sum(id_ >> 10 == n for id_ in theirs) < 5:
-                    theirs.add(await new.allocate(timeout=LATER))
+                theirs = await issued_after_a_claim(world, new, n)
                 await world.stop("before")
                 world.database.restore(backup)
                 world.cut_off("claimer")
@@ -267,13 +275,7 @@ def test_a_pool_that_comes_back_on_the_list_without_its_chunks_put_back_begins_t
             async with world.pod("claimer") as claimer:
                 await claimer.join("one")
                 new = await claimer.join("two", in_use=lambda *_: [])
-                told = new.changes()
-                world.cut_off("former")
-                while not isinstance(await anext(told), Scanned):
-                    pass
-                theirs = set[int]()
-                while sum(id_ >> 10 == n for id_ in theirs) < 5:
-                    theirs.add(await new.allocate(timeout=LATER))
+                theirs = await issued_after_a_claim(world, new, n)
                 await world.stop("before")
                 world.database.restore(backup)
                 world.reach("former")
