@@ -5,21 +5,30 @@ import gc
 import logging
 import os
 import time
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
+
+from nats.aio.msg import Msg
+from pymongo.asynchronous.collection import AsyncCollection
 
 from drsm_agent.core import writes
 from drsm_agent.core.documents import Owner
 from drsm_agent.embedded import Scratch, start_nats_server
 from drsm_agent.metrics import Metrics
+from drsm_agent.service import Agent
 from drsm_agent.snapshots import _Encoded
 from drsm_sdk import Demux, Drsm, Pod
+from drsm_sdk.wire import codec
 from drsm_sdk.wire import messages as m
 from tests.acceptance.test_original_list import pod_process
 from tests.fault.world import start_cluster
 from tests.harness import (
     POOL,
+    SEEN_SECONDS,
     Domain,
+    Requester,
     demuxes_equal_mongodb,
     eventually,
     mongo_client,
@@ -36,6 +45,9 @@ CHUNKS = 5000
 OWNERS = 200
 WAVES, ASKERS = 5, 50
 LIVENESS = 3.0
+LONG_NAMES = [
+    Owner(f"amf-{i:059d}." + "x" * 63 + "." + "y" * 63, "10.0.0.1", "nf", 1 + i) for i in range(1000)
+]
 
 
 async def test_a_snapshot_is_of_one_version_while_all_chunks_change_their_owner(domain: Domain) -> None:
@@ -109,10 +121,46 @@ async def test_demuxes_that_lost_their_server_all_at_once_do_not_keep_the_agent_
 
 async def test_askers_that_are_gone_keep_no_pages_and_hold_up_no_renewal(domain: Domain) -> None:
     """Demuxes that crash while they start: each asks for many pages, at another version of the table, and
-    closes its connection. A renewal is answered before all of them are, and only the last snapshot's pages
-    are kept."""
-    owners = [Owner(f"amf-{i:059d}." + "x" * 63 + "." + "y" * 63, "", "nf", 1 + i) for i in range(1000)]
-    inserts = [writes.allocate(POOL, n, owners[n % 1000], f"{n:016x}", "") for n in range(CHUNKS)]
+    closes its connection. Renewals are answered meanwhile, and only the last snapshot's pages are kept."""
+    async with _many_pages(domain) as (small, asking, agent, chunks):
+        pod = (await asking.open("amf-1", pools=("other",))).incarnation
+        subject, before = asking.subjects.pool(POOL, "snapshot"), _kept()
+        answered = _snapshots_answered(agent.metrics)
+        for wave in range(WAVES):
+            news = writes.allocate(POOL, CHUNKS + wave, LONG_NAMES[0], f"{wave:016x}", "")
+            await chunks.insert_one(news.document)
+            await asking.seen(lambda: len(asking.of(m.ChunkAllocated)) > wave)  # noqa: B023
+            ask = f"SUB gone 1\r\nPUB {subject} gone 0\r\n\r\n".encode()
+            await asyncio.gather(*[raw(small.nats_url, ask) for _ in range(ASKERS)])
+            await within(asking.renew("amf-1", pod), LIVENESS)
+            answered += ASKERS
+            await eventually(lambda: _snapshots_answered(agent.metrics) == answered)  # noqa: B023
+        assert _kept() <= before
+
+
+async def test_a_renewal_is_answered_ahead_of_the_pages_of_those_who_asked_before_it(domain: Domain) -> None:
+    """All answers come over one connection, so their order is the order in which the agent sent them."""
+    async with _many_pages(domain) as (_, asking, _, _):
+        pod = (await asking.open("amf-1", pools=("other",))).incarnation
+        inbox = asking.client.new_inbox()
+        answers = await asking.client.subscribe(f"{inbox}.*")
+        for i in range(ASKERS):
+            await asking.client.publish(asking.subjects.pool(POOL, "snapshot"), reply=f"{inbox}.{i}")
+        renew = codec.encode(codec.to_map(m.Renew("amf-1", pod)))
+        await asking.client.publish(asking.subjects.session("renew"), renew, reply=f"{inbox}.renewed")
+        arrived: list[Msg] = []
+        while len([answer for answer in arrived if not answer.data]) < ASKERS:
+            arrived.append(await answers.next_msg(timeout=SEEN_SECONDS))
+        ahead = [answer.subject for answer in arrived].index(f"{inbox}.renewed")
+        assert ahead < len(arrived) / 2, (
+            f"{ahead} of {len(arrived)} messages came before the renewal's answer"
+        )
+
+
+@asynccontextmanager
+async def _many_pages(domain: Domain) -> AsyncIterator[tuple[Domain, Requester, Agent, AsyncCollection[Any]]]:
+    """An agent with a pool whose snapshot takes many messages, on the smallest server that is taken."""
+    inserts = [writes.allocate(POOL, n, LONG_NAMES[n % 1000], f"{n:016x}", "") for n in range(CHUNKS)]
     async with Scratch() as scratch, mongo_client(domain) as client, AsyncExitStack() as entered:
         chunks = client[domain.database][POOL]
         await chunks.insert_many([insert.document for insert in inserts])
@@ -121,20 +169,7 @@ async def test_askers_that_are_gone_keep_no_pages_and_hold_up_no_renewal(domain:
         asking = await entered.enter_async_context(requester(server.url, domain.prefix))
         agent = await entered.enter_async_context(small.agent(pools=[{"name": POOL}, {"name": "other"}]))
         assert len(await asking.snapshot()) >= 5
-        pod = (await asking.open("amf-1", pools=("other",))).incarnation
-        subject, before = asking.subjects.pool(POOL, "snapshot"), _kept()
-        answered = _snapshots_answered(agent.metrics)
-        for wave in range(WAVES):
-            news = writes.allocate(POOL, CHUNKS + wave, owners[0], f"{wave:016x}", "")
-            await chunks.insert_one(news.document)
-            await asking.seen(lambda: len(asking.of(m.ChunkAllocated)) > wave)  # noqa: B023
-            ask = f"SUB gone 1\r\nPUB {subject} gone 0\r\n\r\n".encode()
-            await asyncio.gather(*[raw(server.url, ask) for _ in range(ASKERS)])
-            await within(asking.renew("amf-1", pod), LIVENESS)
-            assert _snapshots_answered(agent.metrics) < answered + ASKERS
-            answered += ASKERS
-            await eventually(lambda: _snapshots_answered(agent.metrics) == answered)  # noqa: B023
-        assert _kept() <= before
+        yield small, asking, agent, chunks
 
 
 def _snapshots_answered(metrics: Metrics) -> int:
