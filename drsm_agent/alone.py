@@ -26,5 +26,4 @@ async def see_nobody_lead(store: Store, leader_ttl: float = 0.0) -> None:
 
 
 async def _leader(store: Store) -> writes.LeaderRecord | None:
-    documents = await store.read(writes.LEADER)
-    return writes.read_leader(documents[0]) if documents else None
+    return writes.read_leader(await store.read(writes.LEADER))

@@ -16,7 +16,7 @@ from drsm_agent.errors import BusUnavailable, LeadLost, Refused, StoreUnavailabl
 from drsm_agent.lead import Lead
 from drsm_agent.metrics import Metrics
 from drsm_agent.ports import Bus, Incoming
-from drsm_agent.requests import POOL_HANDLERS, SESSION_HANDLERS, Requests
+from drsm_agent.requests import Requests
 from drsm_agent.snapshots import Snapshots
 from drsm_sdk.wire import codec
 from drsm_sdk.wire import messages as m
@@ -142,11 +142,11 @@ class Endpoints:
     async def _dispatch(self, route: Route, body: dict[str, Any], *, as_json: bool) -> Any:
         requests = self._serving()
         if route.pool is None:
-            kind, handler = SESSION_HANDLERS[route.verb]
-            return await handler(requests, codec.from_map(kind, body, text_integers=as_json))
+            kind, handler = requests.handlers[route.verb]
+            return await handler(codec.from_map(kind, body, text_integers=as_json))
         pool = requests.pool(route.pool)
-        kind, pool_handler = POOL_HANDLERS[route.verb]
-        return await pool_handler(requests, pool, codec.from_map(kind, body, text_integers=as_json))
+        kind, pool_handler = requests.pool_handlers[route.verb]
+        return await pool_handler(pool, codec.from_map(kind, body, text_integers=as_json))
 
     def _serving(self) -> Requests:
         if self._requests is None:

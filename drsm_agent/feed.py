@@ -15,6 +15,7 @@ import structlog
 
 from drsm_agent import cancellation
 from drsm_agent.core.events import Event, Version
+from drsm_agent.core.position import Position
 from drsm_agent.core.table import Hashes, Table
 from drsm_agent.errors import OVER, PositionLost, StoreUnavailable
 from drsm_agent.metrics import Metrics
@@ -35,15 +36,6 @@ STILL_ACTION = "look at the replica set: a majority of its data members must be 
 
 log = structlog.get_logger("drsm_agent.feed")
 HASHES = Hashes(ownership=checksum.ownership, holding=checksum.holding)
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """A point between two clusterTimes: the stream resumes right after it. `at` is its last change's."""
-
-    token: str
-    at: int
-    versions: dict[str, Version]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The lead as the leader's tasks hold it: a question that must be asked each time, never a fact to keep."""
 
 from drsm_agent.core.election import Election
+from drsm_agent.core.writes import LeaderRecord
 from drsm_agent.errors import LeadLost
 from drsm_agent.ports import Chance, Clock
 
@@ -25,6 +26,11 @@ class Lead:
         mine = self._election.mine
         if mine is None or mine.term != self.term or not self._election.held(self._clock()):
             raise LeadLost(f"the lead of term {self.term} is not valid any more")
+
+    @property
+    def record(self) -> LeaderRecord | None:
+        """As this agent wrote it last; None once the lead is lost."""
+        return self._election.mine
 
     def next_incarnation(self) -> int:
         """`term << 32 | n`: above every incarnation before it, also after the table was read anew."""

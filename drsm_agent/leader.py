@@ -8,20 +8,18 @@ task group, and the task that keeps the lead ends it.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from typing import TypeVar
 
 import structlog
 
 from drsm_agent import cancellation
 from drsm_agent.alarms import Alarms
+from drsm_agent.campaign import Campaign
 from drsm_agent.core import writes
-from drsm_agent.core.documents import Document
 from drsm_agent.core.election import Election
-from drsm_agent.core.events import Version
-from drsm_agent.core.lease import Leases
+from drsm_agent.core.position import Position, read_published
 from drsm_agent.core.restore import Restored, announce, read_restored
 from drsm_agent.core.session import LivenessLeases, full_leases
 from drsm_agent.core.settings import former_liveness, pools_of
@@ -36,49 +34,24 @@ from drsm_agent.errors import (
     Unheard,
     leaf,
 )
-from drsm_agent.feed import Entry, Feed, Position, State
+from drsm_agent.feed import Entry, State
+from drsm_agent.handover import HandOver
 from drsm_agent.lead import Lead
-from drsm_agent.metrics import Metrics
 from drsm_agent.mirrors import Mirrors
-from drsm_agent.patience import Patience
-from drsm_agent.ports import Bus, Chance, Clock, Store, Subscription, WallClock
+from drsm_agent.parts import Parts
+from drsm_agent.ports import Subscription
 from drsm_agent.probe import Probe
 from drsm_agent.reaper import Reaper
 from drsm_agent.reign import Grants, Hearing, Reign
-from drsm_agent.relay import Relay, position_document
+from drsm_agent.relay import Relay
 from drsm_agent.requests import Requests
 from drsm_agent.restorer import Restorer
 from drsm_agent.store.stored import check_current, ensure_singletons
-from drsm_sdk.wire.definition import Definition
-from drsm_sdk.wire.subjects import Subjects
 
 RETRY_DELAY = 0.2
-UNHEARD_SHARE = 0.75
-"""Of `L`, without a word of any pod: nobody has been expired by then."""
-HEARD_LOOKS_PER_LEASE = 6
-LOOK_MAX = 0.25
-"""Seconds between two looks of a standby at the leader's record: one that gives up is followed at once."""
-STANDBY_SHARE = 0.5
-"""Of `T`, between two signs of a standby: at least one comes while a leader waits for it."""
 
 log = structlog.get_logger("drsm_agent.leader")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """What an agent is made of, for the tasks of a lead."""
-
-    store: Store
-    bus: Bus
-    feed: Feed
-    subjects: Subjects
-    leases: Leases
-    definitions: Mapping[str, Definition]
-    clock: Clock
-    wall_clock: WallClock
-    chance: Chance
-    metrics: Metrics
 
 
 class Leader:
@@ -87,12 +60,8 @@ class Leader:
     def __init__(self, agent: str, parts: Parts) -> None:
         self._parts = parts
         self._election = Election(agent, parts.leases.leader)
-        self._highest = 0
-        self._led_at = parts.clock()
-        self._following = ("", 0)
-        self._restored_unread = True
+        self._campaign = Campaign(parts, self._election)
         self._former_liveness = 0.0
-        self._waits_shown = float("-inf")
         self.leading = asyncio.Event()
 
     @property
@@ -102,11 +71,11 @@ class Leader:
 
     def leaderless(self) -> float:
         """Seconds since anybody was seen to lead; 0 while this agent serves."""
-        return 0.0 if self.leading.is_set() else self._parts.clock() - self._led_at
+        return 0.0 if self.leading.is_set() else self._parts.clock() - self._campaign.led_at
 
     async def run(self) -> None:
         while True:
-            await self._campaign()
+            await self._campaign.run()
             began, unheard = self._parts.clock(), False
             try:
                 await cancellation.isolated(self._lead())
@@ -124,75 +93,6 @@ class Leader:
                 await asyncio.sleep(self._parts.chance.jitter(self._parts.leases.leader))  # not in a loop
 
     # --- The lease ------------------------------------------------------------------------------
-
-    async def _campaign(self) -> None:
-        """Return once the lead is won. Meanwhile the table is kept warm and the log short."""
-        log.info("standing_by")
-        patience = Patience(self._parts.clock, self._parts.chance)
-        while True:
-            try:
-                if self._restored_unread:
-                    restored = read_restored(await self._parts.store.read(writes.SETTINGS))
-                    self._highest = max(self._highest, restored.term if restored else 0)
-                    self._restored_unread = False
-                if await self._try_to_win():
-                    return
-                await self._skip_published()
-                await self._show_that_it_waits()
-                patience.restore()
-            except StoreUnavailable as error:
-                log.warning("cannot_campaign", error=str(error))
-                patience.count(error)
-            await asyncio.sleep(self._parts.chance.jitter(min(LOOK_MAX, self._election.period)))
-
-    async def _try_to_win(self) -> bool:
-        record = writes.read_leader(_first(await self._parts.store.read(writes.LEADER)))
-        sent = self._parts.clock()
-        if record and record.holder and record != self._election.seen:
-            self._led_at = sent
-            if (record.holder, record.term) != self._following:
-                self._following = (record.holder, record.term)
-                log.info("following", leader=record.holder, term=record.term)
-        taken = self._election.observed(record, sent, self._highest_term())
-        if taken is None or not await self._is_heard():
-            return False
-        sent = self._parts.clock()
-        if not (await self._parts.store.write([taken])).changed:
-            return False
-        mine = self._election.won(taken, sent)
-        self._highest = max(self._highest, mine.term)
-        log.info("lead_won", term=mine.term, agent=mine.holder, after=record.holder if record else "")
-        return True
-
-    async def _show_that_it_waits(self) -> None:
-        """So that a leader that no pod is heard by knows to whom to hand over."""
-        now = self._parts.clock()
-        if now - self._waits_shown >= self._parts.leases.leader * STANDBY_SHARE and await self._is_heard():
-            self._waits_shown = now
-            await self._parts.store.write([writes.stand_by()])
-
-    async def _is_heard(self) -> bool:
-        """Whether NATS takes messages of this agent; else it would only lead to give up again (rule R7)."""
-        try:
-            await self._parts.bus.flush()
-        except BusUnavailable as error:
-            log.warning("not_standing", error=str(error), action="trying again once NATS answers")
-            return False
-        return True
-
-    def _highest_term(self) -> int:
-        """Of what was ever seen here: a database that lost its documents must not make terms go back."""
-        state = self._parts.feed.current
-        stored = max((s.term for s in state.table.sessions.values()), default=0) if state else 0
-        seen = self._election.seen
-        self._highest = max(self._highest, stored, seen.term if seen else 0)
-        return self._highest
-
-    async def _skip_published(self) -> None:
-        state = self._parts.feed.current
-        position = _first(await self._parts.store.read(writes.POSITION))
-        if state and position and _continues(position, state.table):
-            self._parts.feed.skip_published(state, _versions(position, state.table))
 
     async def _keep(self, lead: Lead) -> None:
         """Renew the lead; ends with LeadLost the moment that it does not hold any more."""
@@ -257,7 +157,7 @@ class Leader:
 
     def _stop_serving(self) -> None:
         if self.leading.is_set():
-            self._led_at = self._parts.clock()
+            self._campaign.led_at = self._parts.clock()
         self.leading.clear()
         self._parts.metrics.leading.set(0)
 
@@ -276,7 +176,7 @@ class Leader:
         if restored and (anew := restored.resumed(lead.term, parts.definitions)):
             restored = await self._resume_restore(lead, restored, anew)
         if restored and lead.term <= restored.term:
-            self._highest = restored.term
+            self._campaign.go_on_above(restored.term)
             raise LeadLost(f"a restore was announced: terms go on above {restored.term}")
         relay = await self._take_up_history(lead, state, restored, tasks)
         tasks.create_task(relay.run(), name="relay")
@@ -294,8 +194,11 @@ class Leader:
         async with AsyncExitStack() as subscriptions:
             probed = await self._subscribed(parts.subjects.probe, endpoints)
             subscriptions.push_async_callback(probed.stop)
-            restore = restored, pools_of(settings)
-            await self._answer_and_judge(lead, state, restore, relay, endpoints=endpoints, tasks=tasks)
+            probe = await self._heard_by_itself(lead, tasks)
+            reign = self._reign(lead, state, relay, restored)
+            endpoints.open(self._judge(reign, Restorer(reign, restored, pools_of(settings)), probe, tasks))
+            if state.after_loss:
+                tasks.create_task(self._wait_out(reign, state), name="wait-out")
             serving = await self._subscribed(parts.subjects.all_requests, endpoints)
             subscriptions.push_async_callback(serving.stop)
             await probed.stop()
@@ -325,16 +228,8 @@ class Leader:
         except Forbidden as error:
             raise Unheard(str(error)) from error
 
-    async def _answer_and_judge(
-        self,
-        lead: Lead,
-        state: State,
-        restore: tuple[Restored | None, Collection[str]],
-        relay: Relay,
-        *,
-        endpoints: Endpoints,
-        tasks: asyncio.TaskGroup,
-    ) -> None:
+    async def _heard_by_itself(self, lead: Lead, tasks: asyncio.TaskGroup) -> Probe:
+        """Its requests to itself, once one was answered."""
         parts = self._parts
         probe = Probe(
             bus=parts.bus,
@@ -346,15 +241,19 @@ class Leader:
         )
         tasks.create_task(probe.run(), name="probe")
         await probe.answered.wait()
-        hearing, grants = Hearing(parts.clock), self._grants(state, restore[0])
-        reign = Reign(
+        return probe
+
+    def _reign(self, lead: Lead, state: State, relay: Relay, restored: Restored | None) -> Reign:
+        """From now on deaths are judged, and everybody has had no chance to be heard yet: a full lease."""
+        parts = self._parts
+        return Reign(
             lead=lead,
             table=state.table,
             relay=relay,
             liveness=self._full_leases(state.table),
-            grants=grants,
+            grants=self._grants(state, restored),
             use={},
-            hearing=hearing,
+            hearing=Hearing(parts.clock),
             leases=parts.leases,
             definitions=parts.definitions,
             clock=parts.clock,
@@ -362,69 +261,24 @@ class Leader:
             chance=parts.chance,
             metrics=parts.metrics,
         )
-        restorer = Restorer(reign, *restore)
-        requests, reaper, mirrors = (
-            Requests(reign, restorer, tasks),
-            Reaper(reign, probe, parts.feed.stands_still),
-            Mirrors(reign),
-        )
+
+    def _judge(self, reign: Reign, restorer: Restorer, probe: Probe, tasks: asyncio.TaskGroup) -> Requests:
+        """Start whatever judges, claims and watches; returns what answers."""
+        requests = Requests(reign, restorer, tasks)
+        reaper = Reaper(reign, probe, self._parts.feed.stands_still)
 
         def note(entry: Entry) -> None:
             requests.note(entry)
             reaper.note(entry)
             restorer.note(entry)
 
-        parts.feed.on_change = note
-        endpoints.open(requests)
+        self._parts.feed.on_change = note
         tasks.create_task(reaper.run(), name="reaper")
         tasks.create_task(Alarms(reign).run(), name="alarms")
-        tasks.create_task(mirrors.run(), name="mirrors")
+        tasks.create_task(Mirrors(reign).run(), name="mirrors")
         tasks.create_task(restorer.run(), name="restorer")
-        if state.after_loss:
-            tasks.create_task(self._wait_out(lead, state, grants), name="wait-out")
-        tasks.create_task(self._hand_over_deaf(lead, state.table, hearing, probe), name="hand-over")
-
-    async def _hand_over_deaf(self, lead: Lead, table: Table, hearing: Hearing, probe: Probe) -> None:
-        """Hearing no pod while sessions live, hand over once, if a standby waits: NATS may be torn, and the
-        pods on its side (rule R7). The record says so, and the next leader does not repeat it until it has
-        heard a pod. Likewise when this leader has heard itself too late to judge for `T`, but did better."""
-        parts, period = self._parts, self._parts.leases.liveness / HEARD_LOOKS_PER_LEASE
-        signs, waited_at, read_at = None, float("-inf"), float("-inf")
-        while True:
-            await asyncio.sleep(period)
-            now = parts.clock()
-            try:
-                if now - read_at >= parts.leases.leader:
-                    record, read_at = await self._leader_document(), now
-                    shown = record.get("standbys", 0)
-                    if signs is not None and shown != signs:
-                        waited_at = now
-                    signs = shown
-                    if record.get("handed_over") and hearing.any.is_set():
-                        await self._note_hand_over(lead, handed_over=False)
-                enough = UNHEARD_SHARE * parts.leases.effective_liveness(len(table.sessions))
-                silent, late = hearing.silence(), probe.late(now)
-                if silent >= enough and table.alive():
-                    why = f"no pod was heard for {silent:.1f} s"
-                elif late >= parts.leases.leader:
-                    why = f"requests to myself come back too late since {late:.1f} s"
-                else:
-                    continue
-                if now - waited_at > 2 * parts.leases.leader:
-                    continue
-                if not (await self._leader_document()).get("handed_over"):
-                    await self._note_hand_over(lead, handed_over=True)
-                    raise Unheard(f"{why}, and a standby waits")
-            except StoreUnavailable as error:
-                log.warning("put_off", error=str(error))
-
-    async def _note_hand_over(self, lead: Lead, *, handed_over: bool) -> None:
-        lead.check()
-        if mine := self._election.mine:
-            await self._parts.store.write([writes.note_hand_over(mine, handed_over=handed_over)])
-
-    async def _leader_document(self) -> Document:
-        return _first(await self._parts.store.read(writes.LEADER)) or {}
+        tasks.create_task(HandOver(reign, probe, self._parts.store).run(), name="hand-over")
+        return requests
 
     async def _stamp(self, lead: Lead, relay: Relay) -> None:
         """Stamp the term on all sessions, and wait until the table has passed that and everything up to
@@ -438,10 +292,11 @@ class Leader:
     ) -> Relay:
         """Go on where the last leader's published events end, or begin a new history with a `reset`. Every
         leader that takes reports after a restore begins one, as a new history is what makes pods report."""
-        stored = _first(await _retrying(lambda: self._parts.store.read(writes.POSITION))) or {}
+        published = read_published(await _retrying(lambda: self._parts.store.read(writes.POSITION)))
         taking_reports = restored is not None and restored.open
-        continues = _continues(stored, state.table) and not taking_reports
-        history = stored["history"] if continues else self._parts.chance.token()
+        if taking_reports or (published and not published.is_continued_by(state.table)):
+            published = None
+        history = published.history if published else self._parts.chance.token()
         relay = Relay(
             tasks=tasks,
             state=state,
@@ -455,13 +310,13 @@ class Leader:
             definitions=self._parts.definitions,
             history=history,
         )
-        if continues:
-            held = _versions(stored, state.table)
+        if published:
+            held = published.versions_of(state.table)
             state.table.resume(held)
             await relay.publish_log(above=held)
             return relay
         versions = {name: pool.version for name, pool in state.table.pools.items()}
-        started = position_document(Position("", 0, versions), history)
+        started = Position("", 0, versions).document(history)
         await _retrying(lambda: self._parts.store.write([writes.save_position(lead.term, started)]))
         reason = "the database was restored" if taking_reports else "the table was read anew"
         log.info("new_history", history=history, reason=reason)
@@ -483,12 +338,12 @@ class Leader:
             wait = max(wait, longest / 1000 + lag)
         return Grants(self._parts.clock, wait)
 
-    async def _wait_out(self, lead: Lead, state: State, grants: Grants) -> None:
+    async def _wait_out(self, reign: Reign, state: State) -> None:
         """Later leads of this process need not wait for the same loss again."""
         while True:
-            await asyncio.sleep(grants.left())
-            lead.check()
-            if grants.left() <= 0:
+            await asyncio.sleep(reign.grants.left())
+            reign.lead.check()
+            if reign.grants.left() <= 0:
                 return self._parts.feed.waited_out(state)
 
     def _full_leases(self, table: Table) -> LivenessLeases:
@@ -510,18 +365,3 @@ async def _retrying(attempt: Callable[[], Awaitable[T]]) -> T:
         except (StoreUnavailable, BusUnavailable) as error:
             log.warning("trying_again", error=str(error))
             await asyncio.sleep(RETRY_DELAY)
-
-
-def _first(documents: list[Document]) -> Document | None:
-    return documents[0] if documents else None
-
-
-def _continues(position: Document, table: Table) -> bool:
-    """Whether everything after a stored position is in the log of a table that began before it."""
-    return bool(position.get("history")) and int(position["at"]) >= table.started
-
-
-def _versions(position: Document, table: Table) -> dict[str, Version]:
-    """Each pool's last version at a stored position; a pool it does not know was never published."""
-    stored = position.get("versions", {})
-    return {pool: (int(v[0]), int(v[1])) if (v := stored.get(pool)) else (0, 0) for pool in table.pools}

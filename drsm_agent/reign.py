@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from drsm_agent.core.lease import Leases
 from drsm_agent.core.session import Key, LivenessLeases
-from drsm_agent.core.table import Table
+from drsm_agent.core.table import PoolTable, Table
+from drsm_agent.errors import Refused
 from drsm_agent.lead import Lead
 from drsm_agent.metrics import Metrics
 from drsm_agent.ports import Chance, Clock, WallClock
@@ -73,3 +74,9 @@ class Reign:
     wall_clock: WallClock
     chance: Chance
     metrics: Metrics
+
+    def pool(self, name: str) -> PoolTable:
+        """The pool of a request. Raises Refused: unknown_pool."""
+        if name not in self.table.pools:
+            raise Refused("unknown_pool", f"no pool {name}; `drsm pools` lists those there are")
+        return self.table.pools[name]

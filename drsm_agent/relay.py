@@ -16,12 +16,13 @@ import structlog
 
 from drsm_agent.core import events as ev
 from drsm_agent.core import writes
-from drsm_agent.core.documents import Document, Owner
+from drsm_agent.core.documents import Owner
 from drsm_agent.core.events import Event, Version
+from drsm_agent.core.position import Position
 from drsm_agent.core.table import STAMPS
 from drsm_agent.core.writes import Outcome, Write
 from drsm_agent.errors import BusUnavailable, LeadLost, StoreUnavailable, Unheard
-from drsm_agent.feed import Entry, Feed, Position, State
+from drsm_agent.feed import Entry, Feed, State
 from drsm_agent.flight import Flight
 from drsm_agent.lead import Lead
 from drsm_agent.metrics import Metrics
@@ -299,7 +300,7 @@ class Relay:
         self._lead.check()
         try:
             outcome = await self._store.write(
-                [writes.save_position(self._lead.term, position_document(self._position, self.history))]
+                [writes.save_position(self._lead.term, self._position.document(self.history))]
             )
             if not outcome.changed:
                 await self._explain_unsaved()
@@ -335,17 +336,6 @@ async def _within(timeout: float, expected: Awaitable[Any]) -> None:
 def _resolve(future: "asyncio.Future[None]") -> None:
     if not future.done():
         future.set_result(None)
-
-
-def position_document(position: Position, history: str) -> Document:
-    """A position as it is stored, with the history that its versions belong to. Cluster times are text:
-    BSON's integers are signed, and seconds << 32 outgrows them in 2038."""
-    return {
-        "token": position.token,
-        "at": str(position.at),
-        "history": history,
-        "versions": {pool: [str(at), part] for pool, (at, part) in position.versions.items()},
-    }
 
 
 def event_body(event: Event, prefixes: Prefixes) -> EventBody:

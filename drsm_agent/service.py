@@ -15,8 +15,9 @@ from drsm_agent.bus.nats_bus import NatsBus
 from drsm_agent.core.documents import Document
 from drsm_agent.errors import AgentError, Misconfigured, PositionLost, StoreUnavailable
 from drsm_agent.feed import STILL_ACTION, Feed
-from drsm_agent.leader import Leader, Parts
+from drsm_agent.leader import Leader
 from drsm_agent.metrics import Metrics
+from drsm_agent.parts import Parts
 from drsm_agent.patience import Patience
 from drsm_agent.ports import Bus, Chance, Clock, Store, WallClock, boottime
 from drsm_agent.settings import Settings

@@ -22,6 +22,11 @@ def holder_duration(lease: float) -> float:
     return (lease / (1 + RATE) - CHECK) * (1 - RATE)
 
 
+def whole_ms(seconds: float) -> int:
+    """Whole milliseconds, never more than there are: a holder must not count on the rest."""
+    return int(seconds * 1000)
+
+
 def renew_period(pods: int) -> float:
     """Seconds between two renewals of one pod."""
     return max(RENEW_MIN, pods / RENEWALS_PER_SECOND)

@@ -8,6 +8,7 @@ first: that is an outcome, not an error. `_id` is unique and the arbiter of ever
 before anything else, so that nothing an older leader still has under way can match.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -256,15 +257,16 @@ class LeaderRecord:
         return {"_id": "leader"} | asdict(self)
 
 
-def read_leader(document: Document | None) -> LeaderRecord | None:
-    if document is None:
-        return None
-    return LeaderRecord(
-        holder=str(document["holder"]),
-        term=int(document["term"]),
-        counter=int(document["counter"]),
-        ttl_ms=int(document["ttl_ms"]),
-    )
+def read_leader(documents: Sequence[Document]) -> LeaderRecord | None:
+    """None before anybody has ever led."""
+    for document in documents:
+        return LeaderRecord(
+            holder=str(document["holder"]),
+            term=int(document["term"]),
+            counter=int(document["counter"]),
+            ttl_ms=int(document["ttl_ms"]),
+        )
+    return None
 
 
 def first_lead(record: LeaderRecord) -> Insert:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from drsm_agent import requests
+from drsm_agent import sessions
 from drsm_agent.restored import announce_restored
 from drsm_agent.store.mongo import MongoStore
 from drsm_sdk import Demux, Drsm, Pod, changes, supply
@@ -322,7 +322,7 @@ async def test_garbage_that_looks_newer_than_the_database_changes_nothing(
     domain: Domain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Said once, or many times at once."""
-    monkeypatch.setattr(requests, "AHEAD_SECONDS", 5.0)  # here "at once" may take long
+    monkeypatch.setattr(sessions, "AHEAD_SECONDS", 5.0)  # here "at once" may take long
     async with requester(domain.nats_url, domain.prefix) as asking, domain.agent(**LEASES):
         opened = await asking.open("amf-1")
         future = opened.incarnation + (3 << 32)

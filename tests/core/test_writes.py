@@ -283,8 +283,8 @@ RECORD = w.LeaderRecord("agent-1", 7, 3, 3000)
 
 def test_the_leader_record_is_read_as_it_was_written() -> None:
     """There and back; no document is no record."""
-    assert w.read_leader(RECORD.document) == RECORD
-    assert w.read_leader(None) is None
+    assert w.read_leader([RECORD.document]) == RECORD
+    assert w.read_leader([]) is None
     assert w.first_lead(RECORD) == w.Insert("drsm_leader", {"_id": "leader"} | asdict(RECORD))
 
 

@@ -8,11 +8,10 @@ import pytest
 from drsm_agent import settings
 from drsm_agent.core import writes
 from drsm_agent.core.documents import Document, Owner, Session
+from drsm_agent.core.position import Position
 from drsm_agent.core.restore import Restored
 from drsm_agent.core.settings import FORMER
 from drsm_agent.core.table import SESSIONS, STAMPS
-from drsm_agent.feed import Position
-from drsm_agent.relay import position_document
 from drsm_agent.service import stored_settings
 
 PAGE = (Path(__file__).parents[2] / "docs/protocol.md").read_text().partition("## MongoDB documents")[2]
@@ -40,7 +39,7 @@ LEAD = writes.LeaderRecord(holder="a", term=1, counter=0, ttl_ms=3000)
 SESSION = Session(
     "amf-1", "10.0.0.7", "nf-1", 1, term=1, state="opened", pools=(), request_id="r", promised_ms=1
 )
-POSITION: Document = position_document(Position("t", 1, {"amfid": (1, 0)}), "0" * 16)
+POSITION: Document = Position("t", 1, {"amfid": (1, 0)}).document("0" * 16)
 WRITTEN = [
     (SESSIONS, "<pod>", _set_by(writes.open_session(SESSION), writes.end_session("amf-1", 1, "closed", 1))),
     (

@@ -171,7 +171,7 @@ async def test_a_dead_position_is_answered_by_a_new_history(domain: Domain, code
     """Consumers hear a `reset`, end up equal to MongoDB, and the log says what happened. Nobody led for the
     moment that it took, and not since before this lead."""
     async with served(domain) as w:
-        w.agent.leader._led_at -= 3600  # it has led for an hour
+        w.agent.leader._campaign.led_at -= 3600  # it has led for an hour
         leaderless: list[float] = []
 
         def read_anew() -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
-from drsm_agent import reaper, requests
+from drsm_agent import allocations, reaper, sessions
 from drsm_agent.core import election, writes
 from drsm_agent.core.documents import Document, Session, chunk_key
 from drsm_agent.core.numbers import FreeNumbers
@@ -22,8 +22,8 @@ from drsm_agent.lead import Lead
 from drsm_agent.leader import Leader
 from drsm_agent.reign import Grants
 from drsm_agent.relay import Relay
-from drsm_agent.requests import Requests
 from drsm_agent.restorer import Restorer
+from drsm_agent.sessions import Sessions
 from drsm_sdk import PoolEmpty
 from drsm_sdk import pool as sdk_pool
 from drsm_sdk.mirror import Mirror
@@ -153,14 +153,14 @@ def _mirror_of_the_name(owner: Any) -> Document:
     return _without(_mirror_guard(owner), "drsm.incarnation")
 
 
-_wanted, _new_session, _numbers = requests._Wanted, Requests._new_session, itertools.count()
+_wanted, _new_session, _numbers = allocations._Wanted, Sessions._new_session, itertools.count()
 
 
 def _wanted_anew(owner: Any, count: int, _: str) -> Any:
     return _wanted(owner, count, f"another-{next(_numbers)}")
 
 
-def _opened_anew(self: Requests, request: Any) -> Session:
+def _opened_anew(self: Sessions, request: Any) -> Session:
     return replace(_new_session(self, request), request_id=f"another-{next(_numbers)}")
 
 
@@ -201,10 +201,10 @@ def _death_without_term(pod: str, incarnation: int, reason: str, term: int) -> w
 _end_session = writes.end_session
 
 
-_session = Requests._session
+_session = Sessions.session
 
 
-def _whatever_was_decided(self: Requests, pod: str, incarnation: int) -> Any:
+def _whatever_was_decided(self: Sessions, pod: str, incarnation: int) -> Any:
     with patch.object(LivenessLeases, "ending", lambda *_: ""):
         return _session(self, pod, incarnation)
 
@@ -245,7 +245,7 @@ def _free_at_once(self: Stock, chunk: Any, id_: int, space: int, _now: float) ->
     self._make_free(chunk, id_, space)
 
 
-async def _unrecorded(self: Requests, session: Session) -> None:
+async def _unrecorded(self: Sessions, session: Session) -> None:
     """What was promised when the session was opened is all that its document keeps."""
 
 
@@ -270,7 +270,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "a renewal that promises more does not record it",
         "4",
         WAVERING,
-        ((Requests, "_promise", _unrecorded),),
+        ((Sessions, "_promise", _unrecorded),),
     ),
     Ablation("a released id does not rest", "10", RESTING, ((Stock, "_rest", _free_at_once),)),
     Ablation(
@@ -311,7 +311,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "the holder's durations are not shortened",
         "R1",
         CLOCKS,
-        ((requests, "holder_duration", _whole), (election, "holder_duration", _whole)),
+        ((sessions, "holder_duration", _whole), (election, "holder_duration", _whole)),
         hint=6,
     ),
     Ablation(
@@ -347,7 +347,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "a renewal counts after death was decided",
         "R2",
         LATE_WRITES,
-        ((LivenessLeases, "extend", _renewed_all_the_same), (Requests, "_session", _whatever_was_decided)),
+        ((LivenessLeases, "extend", _renewed_all_the_same), (Sessions, "session", _whatever_was_decided)),
         hint=49,
     ),
     Ablation("no hold", "4", PARTITIONS, ((reaper, "hold_ms", lambda *_: 0),), hint=2),
@@ -391,10 +391,14 @@ ABLATIONS: tuple[Ablation, ...] = (
         hint=0,
     ),
     Ablation(
-        "a repeated acquire is a new one", "repeats", LOSSES, ((requests, "_Wanted", _wanted_anew),), hint=8
+        "a repeated acquire is a new one",
+        "repeats",
+        LOSSES,
+        ((allocations, "_Wanted", _wanted_anew),),
+        hint=8,
     ),
     Ablation(
-        "a repeated open is a new one", "repeats", LOSSES, ((Requests, "_new_session", _opened_anew),), hint=1
+        "a repeated open is a new one", "repeats", LOSSES, ((Sessions, "_new_session", _opened_anew),), hint=1
     ),
     Ablation(
         "a new leader publishes nothing of what the old one left",

@@ -296,7 +296,7 @@ async def test_the_lead_is_taken_by_one_of_two(store: AnyStore) -> None:
     rivals = [replace(old, holder=name, term=2, counter=0) for name in ("b", "c")]
     taken = [await only(store, writes.take_lead(old, rival)) for rival in rivals]
     assert taken == [1, 0]
-    assert read_leader(await found(store, LEADER, "leader")) == rivals[0]
+    assert read_leader(await store.read(LEADER)) == rivals[0]
 
 
 async def test_a_renewed_lead_is_not_taken(store: AnyStore) -> None:
