@@ -15,7 +15,7 @@ demo: $(INSTALLED) ## the story, on a real MongoDB and a real nats-server
 	$(VENV) .venv/bin/drsm-agent demo
 
 test: lint ## lint, then all tests, on real servers
-	$(VENV) -m pytest -n 2 --dist loadfile --ignore tests/fault
+	$(VENV) -m pytest -n 2 --dist loadfile --max-worker-restart 0 --ignore tests/fault
 	$(VENV) -m pytest tests/fault
 
 lint: $(INSTALLED) ## style, types and import contracts
