@@ -5,7 +5,7 @@ Agents run in the test's own process unless a test is about processes; servers n
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,6 +29,10 @@ SEEN_SECONDS = 20.0
 """How long a test waits for what must happen; a bound against hanging, not a measurement."""
 TRY_SECONDS = 5.0
 """How long one request of a test waits for its answer, before it is sent again."""
+RENEWAL_SECONDS = 1.0
+"""How long a renewal waits, below the smallest `L`: one that a falling leader has heard is not answered."""
+UNHURRIED: dict[str, Any] = {"leader_ttl": 20.0, "liveness_ttl": 20.0}
+"""Leases of a test that is not about them: a machine that stands still ends neither lead nor session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,8 @@ class Requester:
         self.client, self.subjects = client, subjects
         self.events: list[tuple[m.EventHead, m.EventBody]] = []
         self.raw: list[Msg] = []
+        self._told: list[m.EventBody] = []
+        self._held: dict[str, m.Version] = {}
         self._news = asyncio.Event()
 
     async def ask(self, subject: str, message: Any, kind: type[T], timeout: float | None = None) -> T:
@@ -160,7 +166,7 @@ class Requester:
         subscription = await self.client.subscribe(inbox)
         await self.client.publish(self.subjects.pool(pool, "snapshot"), b"", reply=inbox)
         pages = []
-        while data := (await subscription.next_msg(timeout=5.0)).data:
+        while data := (await subscription.next_msg(timeout=SEEN_SECONDS)).data:
             pages.append(codec.unpack(m.SnapshotPage, data))
         await subscription.unsubscribe()
         return pages
@@ -174,13 +180,20 @@ class Requester:
         return value  # type: ignore[return-value]
 
     def of(self, kind: type[T]) -> list[T]:
-        return [body for _, body in self.events if isinstance(body, kind)]
+        """The events of a kind, each once: what was not confirmed in time is published again."""
+        return [body for body in self._told if isinstance(body, kind)]
 
     async def note(self, message: Msg) -> None:
         head = codec.unpack(m.EventHead, message.data)
         kind = m.EVENT_KINDS[self.subjects.event_verb(message.subject)]
-        self.events.append((head, codec.unpack(kind, message.data)))
+        body = codec.unpack(kind, message.data)
+        self.events.append((head, body))
         self.raw.append(message)
+        if isinstance(body, m.Sync | m.Reset):
+            self._told.append(body)
+        elif head.version > self._held.get(head.history, (0, 0)):
+            self._held[head.history] = head.version
+            self._told.append(body)
         self._news.set()
 
 
@@ -209,12 +222,16 @@ async def requester(nats_url: str, prefix: str, pool: str = POOL) -> AsyncIterat
 async def renewing(asking: Requester, *pods: tuple[str, int]) -> AsyncIterator[None]:
     """Keep sessions of bare requesters alive."""
 
-    async def renew() -> None:
+    async def renew(pod: tuple[str, int]) -> None:
+        with suppress(NatsTimeout, NoRespondersError, Failed):  # the next one may do better
+            await asking.renew(*pod, timeout=RENEWAL_SECONDS)
+
+    async def renew_all() -> None:
         while True:
-            await asyncio.gather(*[asking.renew(*pod) for pod in pods])
+            await asyncio.gather(*[renew(pod) for pod in pods])
             await asyncio.sleep(0.5)
 
-    task = asyncio.create_task(renew())
+    task = asyncio.create_task(renew_all())
     try:
         yield
     finally:

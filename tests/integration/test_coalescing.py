@@ -4,7 +4,7 @@ import asyncio
 from itertools import groupby
 
 from drsm_sdk.wire import messages as m
-from tests.harness import POOL, Domain, Requester, renewing
+from tests.harness import POOL, UNHURRIED, Domain, Requester
 
 
 def owners_in_turn(events: list[m.ChunkAllocated] | list[m.ChunkClaimed]) -> list[str]:
@@ -18,18 +18,19 @@ async def opened(asking: Requester, *names: str) -> list[tuple[str, int]]:
 
 async def test_claims_of_one_new_owner_are_neighbours(domain: Domain) -> None:
     """A thousand claims shared in turn by two pods would be a thousand events for every consumer."""
-    async with domain.served() as asking:
+    async with domain.served(**UNHURRIED) as asking:
         dead, *living = await opened(asking, "amf-1", "amf-2", "amf-3")
-        async with renewing(asking, *living):
-            await asking.acquire(*dead, count=20)
-            await asking.ask(asking.subjects.session("close"), m.SessionRef(*dead), m.Empty)
-            await asking.seen(lambda: sum(len(e.chunks) for e in asking.of(m.ChunkClaimed)) == 20)
+        for pod in living:
+            await asking.renew(*pod)
+        await asking.acquire(*dead, count=20)
+        await asking.ask(asking.subjects.session("close"), m.SessionRef(*dead), m.Empty)
+        await asking.seen(lambda: sum(len(e.chunks) for e in asking.of(m.ChunkClaimed)) == 20)
         assert sorted(owners_in_turn(asking.of(m.ChunkClaimed))) == ["amf-2", "amf-3"]
 
 
 async def test_chunks_granted_to_one_pod_are_neighbours(domain: Domain) -> None:
     """Also when several pods' requests share one write."""
-    async with domain.served() as asking:
+    async with domain.served(**UNHURRIED) as asking:
         pods = await opened(asking, "amf-1", "amf-2", "amf-3")
         for pod in pods:
             await asking.ask(asking.subjects.session("join"), m.Join(*pod, (POOL,)), m.Joined)

@@ -29,6 +29,8 @@ from drsm_sdk.wire import messages as m
 from drsm_sdk.wire.subjects import POOL_VERBS, SESSION_VERBS, Subjects
 from tests.harness import (
     POOL,
+    SEEN_SECONDS,
+    UNHURRIED,
     Domain,
     Failed,
     Requester,
@@ -83,7 +85,7 @@ class Stage:
     async def outcome(self, subject: str, data: bytes) -> str:
         """`ok`, the error's name, or `silence`."""
         try:
-            reply = await self.asking.client.request(subject, data, timeout=5)
+            reply = await self.asking.client.request(subject, data, timeout=SEEN_SECONDS)
         except (NatsTimeout, NoRespondersError):
             return "silence"
         if m.ERROR_CODE_HEADER not in (reply.headers or {}):
@@ -120,7 +122,7 @@ class Stage:
 @asynccontextmanager
 async def attacked(domain: Domain) -> AsyncIterator[Stage]:
     """Whatever is done in the block must change no document, and leave the agent ready and serving."""
-    async with requester(domain.nats_url, domain.prefix) as asking, domain.agent() as agent:
+    async with requester(domain.nats_url, domain.prefix) as asking, domain.agent(**UNHURRIED) as agent:
         pod, other = [(await asking.open(name)).incarnation for name in ("amf-1", "amf-2")]
         (chunk,) = (await asking.acquire("amf-1", pod)).chunks
         async with renewing(asking, ("amf-1", pod), ("amf-2", other)):
@@ -279,9 +281,9 @@ async def test_a_doubled_json_key_counts_once(domain: Domain) -> None:
 
 async def test_a_request_says_what_was_expected(domain: Domain) -> None:
     """Also where there are two right answers."""
-    async with domain.served() as asking:
+    async with domain.served(**UNHURRIED) as asking:
         subject = asking.subjects.pool(POOL, "owner")
-        reply = await asking.client.request(subject, b'{"id": -1}')
+        reply = await asking.client.request(subject, b'{"id": -1}', timeout=SEEN_SECONDS)
     said = codec.unpack(m.Failure, reply.data).message
     assert said == "id: expected an integer from 0 to 2**64-1 or text, found int -1"
 
@@ -545,7 +547,7 @@ async def test_reply_subjects_that_the_agent_may_not_use_cost_one_line_and_nothi
         url = server.url.replace("//", "//admin:secret@")
         limited = Domain(domain.mongo_url, server.url, domain.database, domain.prefix)
         async with (
-            limited.agent(nats_user="agent", nats_password="secret") as agent,
+            limited.agent(**UNHURRIED, nats_user="agent", nats_password="secret") as agent,
             requester(url, domain.prefix) as asking,
         ):
             capsys.readouterr()
@@ -609,7 +611,7 @@ async def test_more_requests_at_once_than_the_bound_are_told_to_come_back(
     """Before anything is done for them, and with `retry`; afterwards they are served. The operator is told,
     once for each time that it lasts."""
     turned_away = {"verb": "session.open", "outcome": "overloaded"}
-    async with requester(domain.nats_url, domain.prefix) as asking, domain.agent() as agent:
+    async with requester(domain.nats_url, domain.prefix) as asking, domain.agent(**UNHURRIED) as agent:
         for before in (0, 2):
             with monkeypatch.context() as bounded, capture_logs() as logs:
                 bounded.setattr(endpoints, "IN_FLIGHT_MAX", 0)

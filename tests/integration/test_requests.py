@@ -10,12 +10,22 @@ from drsm_agent.core import lease
 from drsm_sdk import Drsm, Pod
 from drsm_sdk.wire import checksum
 from drsm_sdk.wire import messages as m
-from tests.harness import POOL, SEEN_SECONDS, Domain, Failed, Requester, eventually, renewing, requester
+from tests.harness import (
+    POOL,
+    SEEN_SECONDS,
+    UNHURRIED,
+    Domain,
+    Failed,
+    Requester,
+    eventually,
+    renewing,
+    requester,
+)
 
 
 async def test_an_open_session_is_not_up_before_its_first_request(domain: Domain) -> None:
     """A late doubled `open` must harm nobody, so it announces nothing and supersedes nobody."""
-    async with domain.served() as asking:
+    async with domain.served(**UNHURRIED) as asking:
         opened = await asking.open("amf-1")
         assert not asking.of(m.PodUp)
         await asking.renew("amf-1", opened.incarnation)
@@ -25,7 +35,7 @@ async def test_an_open_session_is_not_up_before_its_first_request(domain: Domain
 
 async def test_the_same_request_id_gets_the_same_incarnation_and_the_same_chunks(domain: Domain) -> None:
     """Repeats are harmless, one after another and at the same time."""
-    async with domain.served() as asking:
+    async with domain.served(**UNHURRIED) as asking:
         opened = await asyncio.gather(*[asking.open("amf-1", request_id="r") for _ in range(10)])
         assert len({answer.incarnation for answer in opened}) == 1
         incarnation = opened[0].incarnation
@@ -38,7 +48,7 @@ async def test_the_same_request_id_gets_the_same_incarnation_and_the_same_chunks
 
 async def test_chunks_are_granted_in_ascending_order_and_released_ones_last(domain: Domain) -> None:
     """Never-used numbers first; a released number is not granted again at once."""
-    async with domain.served() as asking:
+    async with domain.served(**UNHURRIED) as asking:
         pod = (await asking.open("amf-1")).incarnation
         first = await asking.acquire("amf-1", pod, 4, "a")
         listed = m.ChunkList("amf-1", pod, first.chunks[:2])
@@ -51,7 +61,7 @@ async def test_chunks_are_granted_in_ascending_order_and_released_ones_last(doma
 
 async def test_a_release_under_another_grant_changes_nothing(domain: Domain) -> None:
     """A late release must not free what was granted anew; it counts as released."""
-    async with domain.served() as asking:
+    async with domain.served(**UNHURRIED) as asking:
         pod = (await asking.open("amf-1")).incarnation
         (n, grant), *_ = (await asking.acquire("amf-1", pod)).chunks
         listed = m.ChunkList("amf-1", pod, ((n, "0" * 16), (77, grant)))
@@ -63,7 +73,7 @@ async def test_a_release_under_another_grant_changes_nothing(domain: Domain) -> 
 
 async def test_a_restarted_pod_supersedes_its_old_incarnation(domain: Domain) -> None:
     """The old one is told so, and gets nothing more; the new one is at once served with fresh chunks."""
-    async with domain.served() as asking:
+    async with domain.served(**UNHURRIED) as asking:
         old = (await asking.open("amf-1", request_id="old")).incarnation
         (taken, _), *_ = (await asking.acquire("amf-1", old, request_id="x")).chunks
         new = (await asking.open("amf-1", request_id="new")).incarnation
@@ -79,13 +89,17 @@ async def test_a_restarted_pod_supersedes_its_old_incarnation(domain: Domain) ->
 
 async def test_whoever_lost_its_session_is_told_how_by_every_request_but_close(domain: Domain) -> None:
     """The SDK tells the application, and backs off longer when superseded. A late close is accepted."""
-    async with domain.served(liveness_ttl=2.5) as asking:
-        lost = {name: (f"amf-{name}", await activated(asking, f"amf-{name}", "first")) for name in LOST}
+    async with domain.served(leader_ttl=20.0) as asking:
+        subjects, lost = asking.subjects, dict[str, tuple[str, int]]()
+        # One after the other, and the one that is to expire first: none of the others may come to that.
+        for reason in ("expired", "closed", "superseded"):
+            lost[reason] = f"amf-{reason}", await activated(asking, f"amf-{reason}", "first")
+            if reason == "closed":
+                await asking.ask(subjects.session("close"), m.SessionRef(*lost[reason]), m.Empty)
         await activated(asking, "amf-superseded", "second")
-        subjects = asking.subjects
-        await asking.ask(subjects.session("close"), m.SessionRef(*lost["closed"]), m.Empty)
+        over = {(*who, reason) for reason, who in lost.items()}
+        await asking.seen(lambda: over <= {(*_key(down), down.reason) for down in asking.of(m.PodDown)})
         lost["unknown"] = "amf-unknown", lost["closed"][1] ^ 1 << 31  # no term has so many
-        await asking.seen(lambda: {down.reason for down in asking.of(m.PodDown)} == LOST)
         for reason, who in lost.items():
             requests: dict[str, object] = {
                 subjects.session("join"): m.Join(*who, (POOL,)),
@@ -104,7 +118,8 @@ async def test_whoever_lost_its_session_is_told_how_by_every_request_but_close(d
             await asking.ask(subjects.session("close"), m.SessionRef(*who), m.Empty)
 
 
-LOST = {"expired", "closed", "superseded"}
+def _key(down: m.PodDown) -> tuple[str, int]:
+    return down.pod.name, down.pod.incarnation
 
 
 async def activated(asking: Requester, name: str, request_id: str) -> int:
@@ -116,11 +131,11 @@ async def activated(asking: Requester, name: str, request_id: str) -> int:
 
 async def test_a_restarted_pod_gets_its_old_chunks_back_marked(domain: Domain) -> None:
     """The same name is preferred as claimer, once the old incarnation's liveness lease has run out."""
-    async with domain.served() as asking:
-        other = (await asking.open("amf-2")).incarnation
+    async with domain.served(leader_ttl=20.0) as asking:
         old = (await asking.open("amf-1", request_id="old")).incarnation
         (taken, _), *_ = (await asking.acquire("amf-1", old, request_id="x")).chunks
         new = (await asking.open("amf-1", request_id="new")).incarnation
+        other = (await asking.open("amf-2")).incarnation
         async with renewing(asking, ("amf-1", new), ("amf-2", other)):
             (claimed,) = await asking.seen(lambda: asking.of(m.ChunkClaimed))
         assert (claimed.chunks, claimed.owner.incarnation) == ((taken,), new)
@@ -129,7 +144,7 @@ async def test_a_restarted_pod_gets_its_old_chunks_back_marked(domain: Domain) -
 
 async def test_a_closed_session_hands_over_at_once_and_holds_only_for_the_usage_lag(domain: Domain) -> None:
     """After a graceful close the former owner has certainly stopped: only `W` remains."""
-    async with domain.served() as asking:
+    async with domain.served(**UNHURRIED) as asking:
         pod, other = (await asking.open("amf-1")).incarnation, (await asking.open("amf-2")).incarnation
         await asking.acquire("amf-1", pod)
         await asking.renew("amf-2", other)
@@ -144,7 +159,7 @@ async def test_a_closed_session_hands_over_at_once_and_holds_only_for_the_usage_
 
 async def test_a_scan_clears_the_mark_and_a_marked_chunk_cannot_be_given_back(domain: Domain) -> None:
     """Until the new owner knows what is in use, the chunk stays; then it is like any other."""
-    async with domain.served() as asking:
+    async with domain.served(**UNHURRIED) as asking:
         pod, other = (await asking.open("amf-1")).incarnation, (await asking.open("amf-2")).incarnation
         await asking.acquire("amf-1", pod)
         await asking.renew("amf-2", other)
@@ -162,7 +177,7 @@ async def test_a_scan_clears_the_mark_and_a_marked_chunk_cannot_be_given_back(do
 
 async def test_session_chunks_lists_what_is_owned_with_its_hold(domain: Domain) -> None:
     """The list that heals a disagreement: grants, and the full hold of marked chunks."""
-    async with domain.served() as asking:
+    async with domain.served(**UNHURRIED) as asking:
         pod, other = (await asking.open("amf-1")).incarnation, (await asking.open("amf-2")).incarnation
         own = (await asking.acquire("amf-2", other)).chunks[0]
         await asking.acquire("amf-1", pod)
@@ -180,7 +195,7 @@ async def test_session_chunks_lists_what_is_owned_with_its_hold(domain: Domain) 
 async def test_who_has_not_joined_is_told_so_and_may_join(domain: Domain) -> None:
     """`join` is idempotent and announces the pod in the new pool only."""
     pools = [{"name": POOL}, {"name": "tmsi", "bits": 32}]
-    async with domain.served(pools=pools) as asking:
+    async with domain.served(**UNHURRIED, pools=pools) as asking:
         pod = (await asking.open("amf-1", pools=())).incarnation
         with pytest.raises(Failed, match="not_joined"):
             await asking.acquire("amf-1", pod)
@@ -194,7 +209,7 @@ async def test_who_has_not_joined_is_told_so_and_may_join(domain: Domain) -> Non
 
 async def test_an_exhausted_pool_says_so_at_once_and_serves_again_after_a_release(domain: Domain) -> None:
     """Exhaustion is an error only when not one chunk could be granted; fewer than asked for is an answer."""
-    async with domain.served(pools=[{"name": POOL, "bits": 12}]) as asking:
+    async with domain.served(**UNHURRIED, pools=[{"name": POOL, "bits": 12}]) as asking:
         pod = (await asking.open("amf-1")).incarnation
         all_of_it = await asking.acquire("amf-1", pod, 256, "a")
         assert len(all_of_it.chunks) == 4
@@ -209,7 +224,7 @@ async def test_a_large_snapshot_comes_in_pages_of_one_version_that_add_up_to_the
     domain: Domain,
 ) -> None:
     """Many owners do not fit one message; the last page says so and an empty message follows."""
-    async with domain.served(leader_ttl=20.0, liveness_ttl=20.0) as asking:  # all in this one process
+    async with domain.served(**UNHURRIED) as asking:
         names = [f"amf-{i}.{'x' * 60}.{'y' * 60}.{'z' * 60}" for i in range(2000)]
         opened = await asyncio.gather(
             *[asking.open(name, request_id=name[:60], timeout=SEEN_SECONDS) for name in names]
@@ -231,21 +246,22 @@ async def test_a_large_snapshot_comes_in_pages_of_one_version_that_add_up_to_the
 
 async def test_people_can_ask_in_json(domain: Domain) -> None:
     """`nats req` by hand: the answer is JSON, integers above 2**53 as text."""
-    async with domain.served() as asking:
+    async with domain.served(**UNHURRIED) as asking:
         pod = (await asking.open("amf-1")).incarnation
         await asking.acquire("amf-1", pod)
-        reply = await asking.client.request(asking.subjects.pool(POOL, "owner"), b'{"id": "5"}')
+        owner, snapshot = (asking.subjects.pool(POOL, verb) for verb in ("owner", "snapshot"))
+        reply = await asking.client.request(owner, b'{"id": "5"}', timeout=SEEN_SECONDS)
         answer = json.loads(reply.data)
         assert (answer["chunk"], answer["owner"]["name"], answer["marked"]) == (0, "amf-1", False)
         assert {"agent", "term", "history"} <= answer.keys()
-        pages = await asking.client.request(asking.subjects.pool(POOL, "snapshot"), b"{}")
+        pages = await asking.client.request(snapshot, b"{}", timeout=SEEN_SECONDS)
         assert all(isinstance(part, str | int) for part in json.loads(pages.data)["version"])
         assert isinstance(json.loads(pages.data)["version"][0], str)
 
 
 async def test_events_carry_headers_for_people_and_for_deduplication(domain: Domain) -> None:
     """A readable summary, the content type, and an id for a JetStream stream laid over the events."""
-    async with domain.served() as asking:
+    async with domain.served(**UNHURRIED) as asking:
         pod = (await asking.open("amf-1")).incarnation
         await asking.acquire("amf-1", pod, 3)
         allocated = await asking.seen(lambda: [r for r in asking.raw if "allocated" in r.subject])
@@ -262,14 +278,14 @@ async def test_what_a_pod_says_of_a_pool_that_was_removed_is_left_aside(domain: 
     both = [{"name": POOL}, {"name": "gone"}]
     use = {POOL: m.Use(5, 6), "gone": m.Use(7, 8)}
     async with requester(domain.nats_url, domain.prefix) as asking:
-        async with domain.agent(pools=both):
+        async with domain.agent(**UNHURRIED, pools=both):
             pod = (await asking.open("amf-1", pools=(POOL, "gone"))).incarnation
             request = m.Renew("amf-1", pod, {}, use)
             assert set((await asking.ask(asking.subjects.session("renew"), request, m.Renewed)).held) == {
                 POOL,
                 "gone",
             }
-        async with domain.agent(pools=both[:1], settings_revision=2):
+        async with domain.agent(**UNHURRIED, pools=both[:1], settings_revision=2):
             for _ in range(2):
                 renewed = await asking.ask(asking.subjects.session("renew"), request, m.Renewed)
                 assert set(renewed.held) == {POOL}
@@ -294,7 +310,7 @@ async def test_the_more_pods_there_are_the_less_often_each_of_them_renews(
 
     identity = Pod("amf-1", "10.0.0.1", "nf")
     async with (
-        domain.served() as asking,
+        domain.served(leader_ttl=20.0) as asking,
         Drsm.connect(domain.nats_url, identity, prefix=domain.prefix),
     ):
         await asking.client.subscribe(asking.subjects.session("renew"), cb=note)
