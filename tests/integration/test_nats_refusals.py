@@ -14,11 +14,11 @@ from nats.aio.client import Client
 
 from drsm_agent.embedded import NatsServer, Scratch, start_nats_server
 from drsm_agent.service import running
-from drsm_sdk import AgentUnavailable, Demux, Drsm, Pod, nats_transport
+from drsm_sdk import AgentUnavailable, Demux, Drsm, Pod, nats_transport, rpc
 from drsm_sdk.nats_transport import NatsTransport
 from drsm_sdk.transport import NotConnected
 from tests.fault.link import Link
-from tests.harness import POOL, Domain, Requester, eventually, renewing, requester, within
+from tests.harness import POOL, UNHURRIED, Domain, Requester, eventually, renewing, requester, within
 from tests.integration.test_start import EXIT_FAULT, agent_process
 from tests.nats_credentials import Operator
 from tests.proxy import proxy
@@ -108,8 +108,9 @@ async def test_an_agent_that_may_not_hear_requests_makes_room_for_one_that_may(
             led.cancel()
 
 
-async def test_a_pod_that_may_not_ask_is_told_so(domain: Domain) -> None:
+async def test_a_pod_that_may_not_ask_is_told_so(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server says nothing to the one who waits, but it does to the connection."""
+    monkeypatch.setattr(rpc, "TRY_TIMEOUT", 0.1)  # connecting may take all but this of the three seconds
     async with guarded(domain, NO_REQUESTS_SENT) as nats, nats.served():
         pod = Drsm.connect(nats.server.url, Pod("amf-1", "", ""), prefix=domain.prefix, timeout=3, **limited)
         with pytest.raises(AgentUnavailable, match=r"(?i)permissions violation for publish"):
@@ -172,12 +173,15 @@ async def test_pods_and_demuxes_go_on_while_their_credentials_are_replaced(
         server = await start_nats_server(scratch, config=operator.server_config())
         near = Domain(domain.mongo_url, server.url, domain.database, domain.prefix)
         operator.write_user(tmp_path / "agent.creds", 600)
-        operator.write_user(credentials, 8)
-        async with (
-            near.agent(nats_credentials=tmp_path / "agent.creds"),
-            Drsm.connect(server.url, Pod("amf-1", "", ""), prefix=domain.prefix, **options) as drsm,
-            Demux.connect(server.url, POOL, prefix=domain.prefix, **options) as demux,
-        ):
+        async with AsyncExitStack() as entered:
+            # Its `L` is a long one: until both are connected again may take longer than the default.
+            agent = near.agent(**UNHURRIED, nats_credentials=tmp_path / "agent.creds")
+            await entered.enter_async_context(agent)
+            operator.write_user(credentials, 8)
+            pod = Drsm.connect(server.url, Pod("amf-1", "", ""), prefix=domain.prefix, **options)
+            drsm = await entered.enter_async_context(pod)
+            connected = Demux.connect(server.url, POOL, prefix=domain.prefix, **options)
+            demux = await entered.enter_async_context(connected)
             pool, incarnation = await drsm.join(POOL), drsm.incarnation
             lines = [drsm._transport, demux._transport]
             operator.write_user(credentials, 1)
