@@ -20,10 +20,11 @@ from drsm_sdk import AgentUnavailable, Demux, Drsm, Pod
 from tests.harness import POOL, Domain, eventually, within
 from tests.integration.test_start import EXIT_OK, agent_process
 
-LEAVING_SECONDS = {"agent": 20.0}
-"""What `deploy/kubernetes.yaml` gives an agent: without MongoDB it waits for the driver's time-out."""
-LEAVING_SECONDS_ELSE = 8.0
-"""The SDK gives its goodbye 2 s, and its connection as long."""
+LEAVING_SECONDS = {"agent": 20.0, "mongodb": 20.0, "nats": 20.0, "pod": 2 * 8.0, "demux": 8.0}
+"""What `deploy/kubernetes.yaml` gives an agent: without MongoDB it waits for the driver's time-out. The SDK
+gives its goodbye 2 s, and its connection as long; there are two pods. The servers are not ours."""
+STARTED_SECONDS = 60.0
+"""A bound against hanging: all parts are processes that start here."""
 PARTS = ("mongodb", "nats", "agent", "pod", "demux")
 
 
@@ -66,12 +67,12 @@ def near(domain: Domain, nats: NatsServer) -> Domain:
     return Domain(domain.mongo_url, nats.url, domain.database, domain.prefix)
 
 
-def pod_of(near: Domain, timeout: float = 20.0) -> Drsm:
+def pod_of(near: Domain, timeout: float = STARTED_SECONDS) -> Drsm:
     return Drsm.connect(near.nats_url, Pod("amf-1", "", ""), prefix=near.prefix, timeout=timeout)
 
 
 def demux_of(near: Domain) -> Demux:
-    return Demux.connect(near.nats_url, POOL, prefix=near.prefix, timeout=20)
+    return Demux.connect(near.nats_url, POOL, prefix=near.prefix, timeout=STARTED_SECONDS)
 
 
 async def test_pods_and_demuxes_that_start_first_wait_for_nats_and_then_for_an_agent(
@@ -84,7 +85,7 @@ async def test_pods_and_demuxes_that_start_first_wait_for_nats_and_then_for_an_a
         agent = await entered.enter_async_context(agent_process(near))
         await asyncio.sleep(0.5)  # nothing tells that they wait
         await nats.start()
-        await within(asyncio.gather(*entering))
+        await within(asyncio.gather(*entering), STARTED_SECONDS)
         pool = await pod.join(POOL)
         id_ = await pool.allocate()
         await eventually(lambda: (owner := demux.owner(id_)) and owner.name == "amf-1")
@@ -116,7 +117,7 @@ async def test_the_sdk_before_nats_before_mongodb_and_the_agent_last(
         await member.start()
         assert not any(task.done() for task in entering)
         await entered.enter_async_context(agent_process(near, DRSM_MONGO_URL=mongo.url))
-        await within(asyncio.gather(*entering))
+        await within(asyncio.gather(*entering), STARTED_SECONDS)
         id_ = await (await pod.join(POOL)).allocate()
         await eventually(lambda: (owner := demux.owner(id_)) and owner.name == "amf-1")
 
@@ -146,10 +147,10 @@ async def test_in_whichever_order_the_parts_end_none_has_a_word_of_complaint(
         async def end(part: str) -> None:
             match part:
                 case "mongodb":
-                    await member.stop()
+                    await member.stop(LEAVING_SECONDS[part])
                     assert member.returncode == EXIT_OK
                 case "nats":
-                    await nats.stop()
+                    await nats.stop(LEAVING_SECONDS[part])
                 case "agent":
                     agent.send_signal(signal.SIGTERM)
                     _, errors = await agent.communicate()
@@ -157,8 +158,10 @@ async def test_in_whichever_order_the_parts_end_none_has_a_word_of_complaint(
                     assert "Traceback" not in errors.decode()
                 case "pod":
                     await pod.__aexit__(None, None, None)
+                    assert process.process.stdin is not None
+                    process.process.stdin.close()  # its way to be asked to leave
+                    assert await process.process.wait() == EXIT_OK
                     await process.stop()
-                    assert process.process.returncode == EXIT_OK
                     said = (tmp_path / "amf-2.log").read_text()
                     assert "Traceback" not in said
                     assert "Warning:" not in said
@@ -169,6 +172,6 @@ async def test_in_whichever_order_the_parts_end_none_has_a_word_of_complaint(
         with warnings.catch_warnings(record=True) as complaints:
             warnings.simplefilter("always")
             for part in order:
-                await within(end(part), LEAVING_SECONDS.get(part, LEAVING_SECONDS_ELSE))
+                await within(end(part), LEAVING_SECONDS[part])
             gc.collect()
         assert [str(complaint.message) for complaint in complaints] == []

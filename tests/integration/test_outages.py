@@ -45,9 +45,12 @@ from tests.integration.test_start import EXIT_OK, agent_process, answer_of
 OUTAGE_SECONDS = float(os.environ.get("OUTAGE_SECONDS", "20"))
 DEADLINE_SECONDS = 9.0
 """The agent answers within 8 s (`endpoints.HANDLER_TIMEOUT`), or does not listen at all."""
-LEADING_SECONDS = 10.0
-"""`T`: a leader goes on for nearly so long without MongoDB, longer than an operation's 5 s."""
+LEADING_SECONDS = 13.0
+"""`T`: a leader goes on for two thirds of it without MongoDB at least, some seconds longer than the 5 s of an
+operation, and for nearly all of it at most, some seconds shorter than the outage."""
 GROWTH_MIB = 10.0
+ROLLED_SECONDS = 60.0
+"""A bound against hanging: it takes some MB on the disk, and one of MongoDB's checkpoints or more."""
 
 
 # --- Gone as a whole --------------------------------------------------------------------------------------
@@ -90,7 +93,8 @@ async def test_while_mongodb_is_gone_stock_is_issued_and_requests_hear_so_and_no
         assert resident_mib(process.pid) < before + GROWTH_MIB
         await member.start()
         await answer_of(http, f"{url}/readyz", "ready\n")
-        ids = [await pool.allocate(timeout=SEEN_SECONDS) for _ in range(3000)]  # somebody leads after `T`
+        leading_again = LEADING_SECONDS + SEEN_SECONDS
+        ids = [await pool.allocate(timeout=leading_again) for _ in range(3000)]
         assert len(set(ids)) == 3000
         assert drsm.incarnation == incarnation
         await demuxes_equal_mongodb(domain, demux)
@@ -156,8 +160,9 @@ async def test_a_primary_without_a_majority_is_noticed_by_a_position_that_stands
                 for member in others:
                     member.pause()
                 try:
-                    await eventually(agent.feed.stands_still)
-                    assert agent.feed.staleness() < feed.STILL_AFTER
+                    await eventually(  # of a machine that stands still itself nothing is heard for a moment
+                        lambda: agent.feed.stands_still() and agent.feed.staleness() < feed.STILL_AFTER
+                    )
                     assert any("stood still for" in reason for reason in agent.unready())
                     agent.measure()
                     standstill = agent.metrics.registry.get_sample_value("drsm_stream_standstill_seconds")
@@ -264,7 +269,7 @@ async def roll_the_oplog(client: AsyncMongoClient[dict[str, Any]]) -> None:
     oplog = client["local"]["oplog.rs"]
     newest = await oplog.find_one({}, sort=[("$natural", -1)])
     assert newest
-    async with asyncio.timeout(SEEN_SECONDS):
+    async with asyncio.timeout(ROLLED_SECONDS):
         while (oldest := await oplog.find_one({}, sort=[("$natural", 1)])) and oldest["ts"] <= newest["ts"]:
             await client["filler"]["x"].insert_one({"x": "x" * 300_000})
 
@@ -273,12 +278,12 @@ async def roll_the_oplog(client: AsyncMongoClient[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "most"), [(signal.SIGKILL, 2 * (3.0 + 1.0)), (signal.SIGTERM, 2.5)], ids=["crash", "SIGTERM"]
+    ("sent", "after"), [(signal.SIGKILL, "first"), (signal.SIGTERM, "")], ids=["crash", "SIGTERM"]
 )
-async def test_a_leader_that_ends_is_followed_soon(domain: Domain, sent: signal.Signals, most: float) -> None:
-    """Within `T` and a second after a crash, half a second when it leaves in good order; here more, as the
-    machine may be busy, but less than `T` when it leaves. The standby's log says whom it follows, and that it
-    leads now."""
+async def test_a_leader_that_ends_is_followed_soon(domain: Domain, sent: signal.Signals, after: str) -> None:
+    """Within `T` and a second after a crash; here twice that, as the machine may be busy. One that leaves in
+    good order gives the lead up: its record names nobody, and nobody has to wait for `T`. The standby's log
+    says whom it follows, and that it leads now."""
     with capture_logs() as logs:
         async with (
             requester(domain.nats_url, domain.prefix) as asking,
@@ -294,4 +299,5 @@ async def test_a_leader_that_ends_is_followed_soon(domain: Domain, sent: signal.
     (following,), (won,) = _logged(logs, "following"), _logged(logs, "lead_won")
     assert following["leader"].startswith("first-")
     assert (following["term"], won["term"]) == (1, 2)
-    assert took < most
+    assert won["after"].partition("-")[0] == after
+    assert took < 2 * (domain.settings().leader_ttl + 1.0)
