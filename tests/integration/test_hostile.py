@@ -558,9 +558,11 @@ async def test_reply_subjects_that_the_agent_may_not_use_cost_one_line_and_nothi
             agent.measure()
             assert _total(agent.metrics.bus_errors) == 1000
             assert agent.unready() == []
-            assert _total(agent.metrics.republished) == 0
-            said = capsys.readouterr()
-            assert (said.out + said.err).count("nats_error") == 1
+            captured = capsys.readouterr()
+            said = (captured.out + captured.err).splitlines()
+            assert len([line for line in said if "nats_error" in line]) == 1
+            # (On a slow machine the server may confirm too late.)
+            assert not [line for line in said if "not_confirmed" in line and "ermission" in line]
 
 
 # --- Whatever else there is -----------------------------------------------------------------------
