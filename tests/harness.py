@@ -27,11 +27,18 @@ T = TypeVar("T")
 POOL = "amfid"
 SEEN_SECONDS = 20.0
 """How long a test waits for what must happen; a bound against hanging, not a measurement."""
+PROCESS_SECONDS = 60.0
+"""The same for one that has to start first: Python alone takes seconds where many start at once."""
 TRY_SECONDS = 5.0
 """How long one request of a test waits for its answer, before it is sent again."""
 RENEWAL_SECONDS = 1.0
 """How long a renewal waits, below the smallest `L`: one that a falling leader has heard is not answered."""
-UNHURRIED: dict[str, Any] = {"leader_ttl": 20.0, "liveness_ttl": 20.0}
+ONE_LEAD: dict[str, Any] = {"leader_ttl": 60.0}
+"""For an agent whose test counts what one lead does: it is not lost when the machine stands still for a
+while, and so nothing is told twice. Who ends well gives it up, so that the next one need not wait."""
+NONE_EXPIRES: dict[str, Any] = {"liveness_ttl": 60.0, "allocation_ttl": 300.0}
+"""For an agent whose test opens sessions that nobody renews, and wants none of them to end by itself."""
+UNHURRIED: dict[str, Any] = ONE_LEAD | {"liveness_ttl": 20.0}
 """Leases of a test that is not about them: a machine that stands still ends neither lead nor session."""
 
 
@@ -93,9 +100,9 @@ async def within(awaitable: Any, seconds: float = SEEN_SECONDS) -> Any:
         return await awaitable
 
 
-async def eventually(condition: Callable[[], object]) -> None:
+async def eventually(condition: Callable[[], object], seconds: float = SEEN_SECONDS) -> None:
     """Wait for what no event tells: looks again each time the loop has had a turn."""
-    async with asyncio.timeout(SEEN_SECONDS):
+    async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -171,9 +178,9 @@ class Requester:
         await subscription.unsubscribe()
         return pages
 
-    async def seen(self, found: Callable[[], T | bool | None]) -> T:
+    async def seen(self, found: Callable[[], T | bool | None], seconds: float = SEEN_SECONDS) -> T:
         """Wait until `found` says so, looking again at every event."""
-        async with asyncio.timeout(SEEN_SECONDS):
+        async with asyncio.timeout(seconds):
             while not (value := found()):
                 self._news.clear()
                 await self._news.wait()

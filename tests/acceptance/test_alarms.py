@@ -12,17 +12,17 @@ from drsm_agent.core import usage
 from drsm_agent.service import Agent
 from drsm_sdk import Drsm, Pod
 from drsm_sdk.wire import messages as m
-from tests.harness import POOL, Domain, Requester, eventually, requester
+from tests.harness import NONE_EXPIRES, ONE_LEAD, POOL, SEEN_SECONDS, Domain, Requester, eventually, requester
 
 SMALL = {"name": POOL, "bits": 10, "block_bits": 3, "usage_lag_ms": 0}
 
 
 @asynccontextmanager
 async def watched(domain: Domain) -> AsyncIterator[tuple[Agent, list[Any], Requester]]:
-    """An agent with its metrics and what it logs."""
+    """An agent with its metrics and what it logs, in one lead."""
     with capture_logs() as logs:
         async with requester(domain.nats_url, domain.prefix) as asking:
-            async with domain.agent(pools=[SMALL]) as agent:
+            async with domain.agent(pools=[SMALL], **ONE_LEAD, **NONE_EXPIRES) as agent:
                 yield agent, logs, asking
 
 
@@ -44,7 +44,7 @@ async def test_a_pod_that_never_releases_an_id_is_told_of_and_one_that_does_is_n
             pools[1].release(await pools[1].allocate())
             for pool in pools:
                 for _ in range(8 * usage.ONLY_ALLOCATES_CHUNKS):
-                    await pool.allocate(timeout=5.0)
+                    await pool.allocate(timeout=SEEN_SECONDS)
             await eventually(lambda: said(logs, "only_allocates"))
             await eventually(lambda: measured(agent, "drsm_pods_only_allocating") == 1)
         await eventually(lambda: measured(agent, "drsm_pods_only_allocating") == 0)

@@ -13,7 +13,16 @@ from drsm_agent.core.placement import Placed
 from drsm_agent.feed import Entry
 from drsm_sdk.wire import messages as m
 from tests.acceptance.test_operator import shown
-from tests.harness import POOL, Domain, Requester, mongo_client, mongo_table, renewing, requester
+from tests.harness import (
+    NONE_EXPIRES,
+    POOL,
+    Domain,
+    Requester,
+    mongo_client,
+    mongo_table,
+    renewing,
+    requester,
+)
 
 NEVER = 3600.0
 ORPHANED = {"podId": "amf-1", "drsm.pod": "amf-1", "drsm.incarnation": 1}
@@ -53,7 +62,7 @@ async def test_a_pod_that_comes_up_is_enough_and_the_operator_sees_orphans_until
     domain: Domain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(monkeypatch, wakes={events.UP})
-    async with domain.served() as asking:
+    async with domain.served(**NONE_EXPIRES) as asking:
         n = await orphaned(asking)
         rows = (await shown(domain, "orphans")).rows
         assert [(row[0], row[1], row[4]) for row in rows] == [(POOL, str(n), "amf-1")]
@@ -67,13 +76,13 @@ async def test_a_pod_that_comes_up_is_enough_and_the_operator_sees_orphans_until
 async def test_the_start_of_a_lead_is_enough(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reaper hears of no event at all and its audit never comes: only its first look is left."""
     async with requester(domain.nats_url, domain.prefix) as asking:
-        async with domain.agent():
+        async with domain.agent(**NONE_EXPIRES):
             heir = (await asking.open("amf-2")).incarnation
             await asking.renew("amf-2", heir)
             ((n, _),) = (await asking.acquire("amf-2", heir)).chunks
         await change(domain, n, ORPHANED)
         only(monkeypatch)
-        async with domain.agent():
+        async with domain.agent(**NONE_EXPIRES):
             await asking.seen(lambda: [c for c in asking.of(m.ChunkClaimed) if c.owner.name == "amf-2"])
             assert (await mongo_table(domain))[n] == ("amf-2", heir)
 
@@ -89,7 +98,7 @@ async def test_pools_without_an_orphan_are_passed_over(
         return placement.plan(orphans, living)
 
     monkeypatch.setattr(reaper, "plan", plan)
-    async with domain.served() as asking:
+    async with domain.served(**NONE_EXPIRES) as asking:
         heir = (await asking.open("amf-2")).incarnation
         await asking.acquire("amf-2", heir)
         assert planned == []
@@ -103,7 +112,7 @@ async def test_pools_without_an_orphan_are_passed_over(
 async def test_the_slow_audit_is_enough(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
     """Events wake nobody: what was orphaned behind the agent's back is found by the audit alone."""
     only(monkeypatch, every=0.5)
-    async with domain.served() as asking:
+    async with domain.served(**NONE_EXPIRES) as asking:
         heir = (await asking.open("amf-2")).incarnation
         async with renewing(asking, ("amf-2", heir)):
             ((n, _),) = (await asking.acquire("amf-2", heir)).chunks
@@ -119,7 +128,7 @@ async def test_any_event_of_a_chunk_is_enough(
     """Also one of another chunk: the table is looked at as a whole. The change that makes the orphan is the
     first kind, and wakes nobody in the other cases."""
     only(monkeypatch, wakes={kind})
-    async with domain.served() as asking:
+    async with domain.served(**NONE_EXPIRES) as asking:
         heir = (await asking.open("amf-2")).incarnation
         async with renewing(asking, ("amf-2", heir)):
             (orphan, _), (other, grant) = (await asking.acquire("amf-2", heir, 2)).chunks
