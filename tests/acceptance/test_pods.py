@@ -1,17 +1,21 @@
 """A pod's life with the real agent: stock, silence, restart of the agent, loss of the session."""
 
 import asyncio
+import time
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from drsm_agent.demo.contexts import Contexts
 from drsm_agent.service import running
-from drsm_sdk import AgentUnavailable, Demux, Drsm, NotAllocated, NotOwner, Pod, Pool, PoolExhausted
+from drsm_sdk import AgentUnavailable, Drsm, NotAllocated, NotOwner, Pod, Pool, PoolExhausted
 from drsm_sdk.changes import Gained, Scanned
+from drsm_sdk.wire import messages as m
 from tests.acceptance.test_original_list import demux_of, event, pod, pod_process
 from tests.harness import POOL, SEEN_SECONDS, Domain, eventually, requester, within
+from tests.sdk.fake_agent import SkippingClock
 
 
 async def test_a_double_release_is_an_error_and_a_foreign_id_is_not_owned(domain: Domain) -> None:
@@ -84,7 +88,7 @@ async def test_exhaustion_is_an_error_at_once_and_release_makes_room(domain: Dom
                 await take_all(pool, ids)
         assert len(ids) == len(set(ids)) == 32 * 4 - 1
         one.release(next(id_ for id_ in ids if one.owner(id_) == one.owner(ids[0])))
-        assert await one.allocate()
+        assert await one.allocate(timeout=SEEN_SECONDS)
 
 
 async def test_an_exhausted_pool_is_widened_while_everything_runs(domain: Domain) -> None:
@@ -114,13 +118,14 @@ async def test_an_exhausted_pool_is_widened_while_everything_runs(domain: Domain
         await eventually(lambda: {demux.owner(id_) for id_ in ids} == {pool.owner(1)})
 
 
-def drsm_of(domain: Domain, name: str) -> Drsm:
-    return Drsm.connect(domain.nats_url, Pod(name, "10.0.0.1", "nf"), prefix=domain.prefix)
+def drsm_of(domain: Domain, name: str, **options: Any) -> Drsm:
+    pod = Pod(name, "10.0.0.1", "nf")
+    return Drsm.connect(domain.nats_url, pod, prefix=domain.prefix, timeout=SEEN_SECONDS, **options)
 
 
 async def take_all(pool: Pool, ids: list[int]) -> None:
     while True:
-        ids.append(await pool.allocate(timeout=5))
+        ids.append(await pool.allocate(timeout=SEEN_SECONDS))
 
 
 async def test_allocation_goes_on_from_stock_while_the_agent_is_away_and_owners_stay_known(
@@ -129,19 +134,19 @@ async def test_allocation_goes_on_from_stock_while_the_agent_is_away_and_owners_
     """G6: no agent for a while; ids are issued, routed, and nobody is lost when it is back in time."""
     async with requester(domain.nats_url, domain.prefix) as asking:
         async with domain.agent():
-            drsm = Drsm.connect(domain.nats_url, Pod("amf-1", "10.0.0.1", "nf"), prefix=domain.prefix)
+            drsm = drsm_of(domain, "amf-1")
             await drsm.__aenter__()
             pool = await drsm.join(POOL)
-            demux = Demux.connect(domain.nats_url, POOL, prefix=domain.prefix)
+            demux = demux_of(domain)
             await demux.__aenter__()
             incarnation = drsm.incarnation
         try:
             ids = [pool.allocate_nowait() for _ in range(500)]
+            await eventually(lambda: all(demux.owner(id_) for id_ in ids))
             assert {owner.name for id_ in ids if (owner := demux.owner(id_))} == {"amf-1"}
             async with domain.agent():
-                resets = [r for r in asking.raw if r.subject.endswith("reset")]
-                assert len(resets) == 2
-                ids += [await pool.allocate(timeout=10) for _ in range(2000)]
+                await asking.seen(lambda: len(asking.of(m.Reset)) >= 2)
+                ids += [await pool.allocate(timeout=SEEN_SECONDS) for _ in range(2000)]
                 assert len(ids) == len(set(ids))
                 assert drsm.incarnation == incarnation
                 await eventually(lambda: demux.synced and all(demux.owner(id_) for id_ in ids))
@@ -151,18 +156,21 @@ async def test_allocation_goes_on_from_stock_while_the_agent_is_away_and_owners_
 
 
 async def test_without_renewals_a_pod_becomes_suspect_and_then_stops_issuing(domain: Domain) -> None:
-    """Suspect after `L`, which stops nothing; after `A` nothing is issued any more."""
-    short = {"allocation_ttl": 4.0, "liveness_ttl": 2.5, "pools": [{"name": POOL, "usage_lag_ms": 0}]}
-    identity = Pod("amf-1", "10.0.0.1", "nf")
-    async with domain.agent(**short) as agent:
-        async with Drsm.connect(domain.nats_url, identity, prefix=domain.prefix) as drsm:
+    """Suspect after `L`, which stops nothing; after `A` nothing is issued any more. (The pod's clock leaps,
+    so that it cannot be both at once where the test stands still.)"""
+    clock = SkippingClock()
+    async with domain.agent(liveness_ttl=3.0, allocation_ttl=300.0) as agent:
+        async with drsm_of(domain, "amf-1", clock=clock) as drsm:
             pool = await drsm.join(POOL)
-            assert drsm.state == "live"
+            await eventually(lambda: drsm.state == "live")
             assert agent.task is not None
             agent.task.cancel()  # the agent is gone without a word to the pod
             await asyncio.wait([agent.task])
+            assert pool.allocate_nowait()
+            clock.skipped += 3.0
             await eventually(lambda: drsm.state == "suspect")
             assert pool.allocate_nowait()
+            clock.skipped += 297.0
             await eventually(lambda: drsm.state == "lapsed")
             with pytest.raises(AgentUnavailable):
                 pool.allocate_nowait()
@@ -172,25 +180,32 @@ async def test_a_claimed_chunk_is_held_then_scanned_then_used(domain: Domain, tm
     """Nothing is issued from it before the hold; what the scan reports stays issued, the rest is free."""
     short = {"allocation_ttl": 3.5, "pools": [{"name": POOL, "bits": 11, "usage_lag_ms": 0}]}
     contexts = Contexts(tmp_path / "contexts.sqlite")
-    identity = Pod("amf-2", "10.0.0.2", "nf")
-    async with domain.agent(**short), demux_of(domain) as demux:
+    asked: list[float] = []
+
+    def in_use(first: int, last: int) -> list[int]:
+        asked.append(time.time())
+        return contexts.in_use(first, last)
+
+    async with domain.served(**short) as asking, demux_of(domain) as demux:
         async with pod_process(domain, "amf-1", tmp_path) as victim:
             await victim.ask("allocate 700", "allocated")
             used = contexts.of("amf-1")
-            async with Drsm.connect(domain.nats_url, identity, prefix=domain.prefix) as drsm:
-                pool = await drsm.join(POOL, in_use=contexts.in_use, timeout=5)
+            async with drsm_of(domain, "amf-2") as drsm:
+                pool = await drsm.join(POOL, in_use=in_use)
                 changes = pool.changes()
                 victim.kill()
-                gained = await event(changes, Gained)
-                held_at = asyncio.get_running_loop().time()
-                assert gained.marked
+                while not (gained := await event(changes, Gained)).marked:
+                    pass
                 assert gained.hold >= 3.5
-                in_use = 0
-                while in_use < 700:
-                    in_use += (await event(changes, Scanned)).in_use
-                assert asyncio.get_running_loop().time() - held_at >= 3.4
-                assert in_use == 700
-                fresh = [await pool.allocate(timeout=5) for _ in range(2000 - 1 - 700)]
+                found = 0
+                while found < 700:
+                    found += (await event(changes, Scanned)).in_use
+                assert found == 700
+                claimed = await asking.seen(
+                    lambda: [h.at for h, e in asking.events if type(e) is m.ChunkClaimed]
+                )
+                assert min(asked) - min(claimed) / 1000 >= 3.4  # `at` is from before the pod heard of it
+                fresh = [await pool.allocate(timeout=SEEN_SECONDS) for _ in range(2000 - 1 - 700)]
                 assert not set(fresh) & set(used)
                 assert {owner.name for id_ in used if (owner := demux.owner(id_))} == {"amf-2"}
                 pool.release(used[0])
