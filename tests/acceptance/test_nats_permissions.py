@@ -13,7 +13,7 @@ import pytest
 from drsm_agent.embedded import NatsServer, Scratch, start_nats_server
 from drsm_sdk import Demux, Drsm, Pod
 from drsm_sdk.cli.ask import Access
-from tests.harness import POOL, Domain, eventually, within
+from tests.harness import POOL, SEEN_SECONDS, Domain, eventually, within
 
 CONFIGURATION = Path(__file__).parents[2] / "deploy/nats-permissions.conf"
 PREFIX = "drsm"  # which the file names
@@ -42,15 +42,17 @@ async def test_with_the_least_permissions_each_does_its_work(
         here = replace(domain, nats_url=server.url, prefix=PREFIX)
         async with (
             here.agent(nats_user="agent", nats_password="of-agent") as agent,
-            Demux.connect(server.url, POOL, **as_("demux")) as demux,
-            Drsm.connect(server.url, Pod("amf-1", "10.0.0.1", "i"), **as_("amf")) as drsm,
+            Demux.connect(server.url, POOL, timeout=SEEN_SECONDS, **as_("demux")) as demux,
+            Drsm.connect(
+                server.url, Pod("amf-1", "10.0.0.1", "i"), timeout=SEEN_SECONDS, **as_("amf")
+            ) as drsm,
         ):
             pool = await drsm.join(POOL, in_use=lambda first, last: [])
             id_ = await pool.allocate()
             await eventually(lambda: (owner := demux.owner(id_)) and owner.name == "amf-1" and demux.synced)
             monkeypatch.setenv("DRSM_NATS_USER", "operator")
             monkeypatch.setenv("DRSM_NATS_PASSWORD", "of-operator")
-            async with Access(server.url, PREFIX, 5.0).asking() as operator:
+            async with Access(server.url, PREFIX, SEEN_SECONDS).asking() as operator:
                 (state,) = (await operator.pools()).pools
                 assert state.pods == 1
                 assert [said.pod.name for said in (await operator.pods(POOL))[POOL].pods] == ["amf-1"]
@@ -62,9 +64,9 @@ async def test_with_the_least_permissions_each_does_its_work(
             events = await watch.subscribe(f"{PREFIX}.evt.>")
             await watch.flush()
             pool.release(id_)
-            assert (await events.next_msg(timeout=5)).subject.startswith(f"{PREFIX}.evt.{POOL}.")
+            assert (await events.next_msg(timeout=SEEN_SECONDS)).subject.startswith(f"{PREFIX}.evt.{POOL}.")
             await watch.close()
-            assert agent.unready() == []
+            await eventually(lambda: agent.unready() == [])
         assert "Violation" not in server.log_since(0)
 
 

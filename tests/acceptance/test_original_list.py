@@ -13,19 +13,29 @@ from pymongo.errors import DuplicateKeyError
 from drsm_agent.demo.process import PodProcess
 from drsm_sdk import Demux, Drsm, Owner, Pod, Pool
 from drsm_sdk.wire import messages as m
-from tests.harness import POOL, Domain, Failed, eventually, mongo_client, within
+from tests.harness import (
+    NONE_EXPIRES,
+    POOL,
+    SEEN_SECONDS,
+    Domain,
+    Failed,
+    eventually,
+    mongo_client,
+    within,
+)
 
 
 @asynccontextmanager
 async def pod(domain: Domain, name: str, ip: str = "10.0.0.1") -> AsyncIterator[Pool]:
     """A pod of this test's process that has joined the pool."""
     identity = Pod(name=name, ip=ip, instance=f"nf-{name}")
-    async with Drsm.connect(domain.nats_url, identity, prefix=domain.prefix) as drsm:
+    connecting = Drsm.connect(domain.nats_url, identity, prefix=domain.prefix, timeout=SEEN_SECONDS)
+    async with connecting as drsm:
         yield await drsm.join(POOL)
 
 
 def demux_of(domain: Domain) -> Demux:
-    return Demux.connect(domain.nats_url, POOL, prefix=domain.prefix)
+    return Demux.connect(domain.nats_url, POOL, prefix=domain.prefix, timeout=SEEN_SECONDS)
 
 
 @asynccontextmanager
@@ -131,7 +141,7 @@ async def test_a_claim_changes_the_owner_and_the_others_learn_it_by_notification
 async def test_a_late_starter_learns_what_was_there_before(domain: Domain) -> None:
     """A demux and a pod that start last know every owner from the snapshot."""
     async with domain.agent(), pod(domain, "amf-1") as pool:
-        ids = [await pool.allocate() for _ in range(1500)]
+        ids = [await pool.allocate(timeout=SEEN_SECONDS) for _ in range(1500)]
         async with demux_of(domain) as demux, pod(domain, "amf-2") as late:
             for consumer in (demux, late):
                 assert {owner_of(consumer, id_).name for id_ in ids} == {"amf-1"}
@@ -139,7 +149,7 @@ async def test_a_late_starter_learns_what_was_there_before(domain: Domain) -> No
 
 async def test_two_allocators_that_pick_the_same_number_get_different_chunks(domain: Domain) -> None:
     """The insert succeeds for one of them; the other gets another chunk, at the cost of one more round."""
-    async with domain.served() as asking, mongo_client(domain) as client:
+    async with domain.served(**NONE_EXPIRES) as asking, mongo_client(domain) as client:
         collection = client[domain.database][POOL]
         incarnation = (await asking.open("amf-1")).incarnation
         await asking.renew("amf-1", incarnation)
@@ -207,9 +217,12 @@ async def test_identity_is_ip_and_name_and_incarnation(domain: Domain) -> None:
     """A pod that comes back under its name with another address is another owner, and whole in events."""
     async with domain.agent(), demux_of(domain) as demux:
         async with pod(domain, "amf-1", "10.0.0.1") as pool:
-            first = owner_of(demux, await pool.allocate())
+            id_ = await pool.allocate()
+            await eventually(lambda: demux.owner(id_))
+            first = owner_of(demux, id_)
         async with pod(domain, "amf-1", "10.0.0.2") as pool:
             id_ = await pool.allocate()
+            await eventually(lambda: demux.owner(id_))
             second = owner_of(demux, id_)
             own = pool.owner(id_)
     assert (first.name, first.ip, first.instance) == ("amf-1", "10.0.0.1", "nf-amf-1")
@@ -228,9 +241,10 @@ def owner_of(consumer: Demux | Pool, id_: int) -> Owner:
 async def test_more_than_1000_ids_make_a_new_chunk(domain: Domain) -> None:
     """A chunk has 1024 numbers, of which 1000 are issued; id 0 never is."""
     async with domain.agent(), pod(domain, "amf-1") as pool, demux_of(domain) as demux:
-        ids = [await pool.allocate() for _ in range(2500)]
+        ids = [await pool.allocate(timeout=SEEN_SECONDS) for _ in range(2500)]
         assert len(set(ids)) == 2500
         assert 0 not in ids
         assert max(id_ & 1023 for id_ in ids) == 999
         assert len({id_ >> 10 for id_ in ids}) >= 3
+        await eventually(lambda: all(demux.owner(id_) for id_ in ids))
         assert {owner_of(demux, id_).name for id_ in ids} == {"amf-1"}
