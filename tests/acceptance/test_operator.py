@@ -15,7 +15,20 @@ import pytest
 from drsm_sdk import Demux, Drsm, Pod
 from drsm_sdk.wire import messages as m
 from drsm_sdk.wire.codec import encode
-from tests.harness import POOL, Domain, Requester, eventually, mongo_table, renewing, requester, within
+from tests.harness import (
+    NONE_EXPIRES,
+    ONE_LEAD,
+    POOL,
+    PROCESS_SECONDS,
+    SEEN_SECONDS,
+    Domain,
+    Requester,
+    eventually,
+    mongo_table,
+    renewing,
+    requester,
+    within,
+)
 from tests.sdk.fake_agent import SkippingClock
 
 DRSM = Path(sys.executable).with_name("drsm")
@@ -54,7 +67,7 @@ async def start(
 
 
 async def ended(process: asyncio.subprocess.Process, data: bytes = b"") -> Ended:
-    out, err = await within(process.communicate(data))
+    out, err = await within(process.communicate(data), PROCESS_SECONDS)
     return Ended(process.returncode, out.decode(), err.decode())
 
 
@@ -74,8 +87,8 @@ async def shown(domain: Domain, *arguments: str) -> Ended:
 
 @asynccontextmanager
 async def populated(domain: Domain) -> AsyncIterator[tuple[Requester, int, int]]:
-    """A domain in which amf-1 owns chunks 0-2 and amf-2 owns chunk 3."""
-    async with domain.served() as asking:
+    """A domain in which amf-1 owns chunks 0-2 and amf-2 owns chunk 3, in its first lead."""
+    async with domain.served(**ONE_LEAD, **NONE_EXPIRES) as asking:
         one = (await asking.open("amf-1")).incarnation
         two = (await asking.open("amf-2")).incarnation
         async with renewing(asking, ("amf-1", one), ("amf-2", two)):
@@ -124,7 +137,13 @@ async def test_pods_shows_what_they_own_and_what_they_say_of_their_stock(domain:
     clock = SkippingClock()
     async with (
         domain.agent(),
-        Drsm.connect(domain.nats_url, Pod("amf-1", "ip", "i"), prefix=domain.prefix, clock=clock) as pod,
+        Drsm.connect(
+            domain.nats_url,
+            Pod("amf-1", "ip", "i"),
+            prefix=domain.prefix,
+            timeout=SEEN_SECONDS,
+            clock=clock,
+        ) as pod,
     ):
         pool = await pod.join(POOL)
         pool.allocate_nowait()
@@ -138,8 +157,9 @@ async def test_pods_shows_what_they_own_and_what_they_say_of_their_stock(domain:
                 (pod,) = (await asking.ask(asking.subjects.pool(POOL, "pods"), m.Empty(), m.Pods)).pods
                 return pod.use
 
-            while ((use := await heard()).issued, use.released) != (2, 1):
-                await asyncio.sleep(0.05)
+            async with asyncio.timeout(SEEN_SECONDS):
+                while ((use := await heard()).issued, use.released) != (2, 1):
+                    await asyncio.sleep(0.05)
         text, plain = await asyncio.gather(shown(domain, "pods"), shown(domain, "pods", POOL, "--json"))
     header, line = [re.split(r"\s\s+", line) for line in text.out.splitlines()]
     row = dict(zip(header, line, strict=True))
@@ -171,7 +191,7 @@ async def test_chunks_shows_neighbours_of_one_owner_in_one_line(domain: Domain) 
 
 
 async def test_orphans_are_shown_until_a_living_pod_has_claimed_them_marked(domain: Domain) -> None:
-    async with domain.served() as asking:
+    async with domain.served(**NONE_EXPIRES) as asking:
         pod = (await asking.open("amf-1")).incarnation
         await asking.acquire("amf-1", pod, 2)
         await asking.ask(asking.subjects.session("close"), m.SessionRef("amf-1", pod), m.Empty)
@@ -193,8 +213,9 @@ async def test_a_chunk_is_shown_as_marked_until_its_scan_is_over(domain: Domain)
         await go_on.wait()
         return []
 
-    heir = Drsm.connect(domain.nats_url, Pod("amf-2", "10.0.0.2", "i"), prefix=domain.prefix)
-    async with domain.served(pools=[{"name": POOL, "usage_lag_ms": 0}]) as asking:
+    pod = Pod("amf-2", "10.0.0.2", "i")
+    heir = Drsm.connect(domain.nats_url, pod, prefix=domain.prefix, timeout=SEEN_SECONDS)
+    async with domain.served(pools=[{"name": POOL, "usage_lag_ms": 0}], **NONE_EXPIRES) as asking:
         dying = (await asking.open("amf-1")).incarnation
         ((n, _),) = (await asking.acquire("amf-1", dying)).chunks
         async with heir:
@@ -243,14 +264,14 @@ async def test_owner_tells_whose_an_id_is(domain: Domain) -> None:
 async def line(process: asyncio.subprocess.Process, *, sync: bool) -> str:
     """The next line that a watch prints, of a sync or of anything else."""
     assert process.stdout is not None
-    while said := str((await within(process.stdout.readline())).decode()):
+    while said := str((await within(process.stdout.readline(), PROCESS_SECONDS)).decode()):
         if ("sync" in said) == sync:
             return said.strip()
     raise AssertionError("the watch has ended")
 
 
 async def test_watch_tells_each_event_in_one_line(domain: Domain) -> None:
-    async with domain.served() as asking:
+    async with domain.served(**ONE_LEAD, **NONE_EXPIRES) as asking:
         text, plain = (
             await start(domain, "watch", "--syncs"),
             await start(domain, "watch", POOL, "--syncs", "--json"),
@@ -270,7 +291,7 @@ async def test_watch_tells_each_event_in_one_line(domain: Domain) -> None:
 
 
 async def test_watch_ends_after_a_count_and_counts_only_what_it_tells(domain: Domain) -> None:
-    async with domain.served() as asking:
+    async with domain.served(**ONE_LEAD, **NONE_EXPIRES) as asking:
         counted = await start(domain, "watch", "--count", "1")
         one = await drsm(domain, "watch", "--syncs", "--count", "1")
         assert (one.code, len(one.out.splitlines())) == (0, 1)
@@ -289,7 +310,7 @@ async def test_ctrl_c_ends_a_watch_in_good_order(domain: Domain) -> None:
     async with domain.agent():
         process = await start(domain, "watch", "--syncs")
         assert process.stdout is not None
-        assert b"sync" in await within(process.stdout.readline())
+        assert b"sync" in await within(process.stdout.readline(), PROCESS_SECONDS)
         process.send_signal(2)
         result = await ended(process)
     assert (result.code, result.err) == (0, "")
@@ -298,7 +319,7 @@ async def test_ctrl_c_ends_a_watch_in_good_order(domain: Domain) -> None:
 async def test_a_watch_says_when_nobody_leads(domain: Domain) -> None:
     process = await start(domain, "watch")
     assert process.stderr is not None
-    said = await within(process.stderr.readline())
+    said = await within(process.stderr.readline(), PROCESS_SECONDS)
     process.terminate()
     assert said.startswith(b"drsm: no event for 6 s, not even a sync: nobody leads")
     assert (await ended(process)).code == 0
@@ -359,7 +380,8 @@ async def test_a_mistake_is_one_message_and_exit_code_2(domain: Domain) -> None:
 
 async def test_the_same_answers_as_a_demux_has(domain: Domain) -> None:
     """What `drsm chunks` says is what consumers route by."""
-    async with populated(domain), Demux.connect(domain.nats_url, POOL, prefix=domain.prefix) as demux:
+    connecting = Demux.connect(domain.nats_url, POOL, prefix=domain.prefix, timeout=SEEN_SECONDS)
+    async with populated(domain), connecting as demux:
         await eventually(lambda: len(demux.chunks()) == 4)
         runs = (await shown(domain, "chunks", "--json")).json
         said = {n: run["owner"]["name"] for run in runs for n in range(run["first"], run["last"] + 1)}
