@@ -16,6 +16,7 @@ from drsm_agent.demo.contexts import Contexts
 from drsm_sdk import Drsm, Pod, Pool
 from drsm_sdk.changes import Gained, Lost, Scanned, SessionLost, SessionRenewed
 
+CONNECT_TIMEOUT = 20.0
 ALLOCATE_TIMEOUT = 10.0
 BLOCK_BITS = 10
 """What `DRSM_POOLS` has by default; only to show chunk numbers."""
@@ -74,7 +75,8 @@ class DemoPod:
 async def run(arguments: argparse.Namespace) -> None:
     contexts = Contexts(arguments.contexts)
     pod = Pod(name=arguments.name, ip=arguments.ip, instance=arguments.instance)
-    async with Drsm.connect(arguments.nats, pod, prefix=arguments.prefix) as drsm:
+    connecting = Drsm.connect(arguments.nats, pod, prefix=arguments.prefix, timeout=CONNECT_TIMEOUT)
+    async with connecting as drsm:
         pool = await drsm.join(arguments.pool, in_use=contexts.in_use)
         say("joined", incarnation=drsm.incarnation)
         demo = DemoPod(arguments.name, pool, contexts)

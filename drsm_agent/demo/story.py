@@ -208,7 +208,7 @@ async def demonstrate(console: Console) -> bool:
             http_port=0,
         )
         await cleanup.enter_async_context(running(configured))
-        demux = await cleanup.enter_async_context(Demux.connect(stack.nats_url, POOL))
+        demux = await cleanup.enter_async_context(Demux.connect(stack.nats_url, POOL, timeout=STEP_SECONDS))
         try:
             await Story(console, stack, demux, stack.scratch.path).tell()
         except (NotSeen, PodSaidNo) as error:

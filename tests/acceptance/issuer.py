@@ -10,6 +10,7 @@ from pathlib import Path
 
 from drsm_sdk import Drsm, DrsmError, Pod
 from drsm_sdk import changes as change
+from tests.harness import SEEN_SECONDS
 
 PAUSE = 0.005
 """Seconds between two ids: a stop hits it in the middle of issuing, and a chunk lasts some seconds."""
@@ -35,7 +36,8 @@ class Log:
 async def run(nats: str, prefix: str, name: str, where: tuple[str, Path]) -> None:
     pool_name, folder = where
     log = Log(folder, name)
-    async with Drsm.connect(nats, Pod(name, "127.0.0.1", "issuer"), prefix=prefix) as drsm:
+    pod = Pod(name, "127.0.0.1", "issuer")
+    async with Drsm.connect(nats, pod, prefix=prefix, timeout=SEEN_SECONDS) as drsm:
         pool = await drsm.join(pool_name, in_use=log.in_use)
         log.write("session", drsm.incarnation)
 
