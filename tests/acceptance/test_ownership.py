@@ -20,6 +20,8 @@ from drsm_sdk import Demux, Drsm, Pod, supply
 from drsm_sdk.wire import messages as m
 from tests.acceptance.test_original_list import demux_of, pod, pod_process
 from tests.harness import (
+    NONE_EXPIRES,
+    ONE_LEAD,
     POOL,
     SEEN_SECONDS,
     Domain,
@@ -77,6 +79,7 @@ async def claims(domain: Domain) -> AsyncIterator[Claims]:
         yield Claims(stream)
 
 
+@pytest.mark.timeout(300)  # forty-nine pods and the agent in one process: a minute on a busy machine
 async def test_one_of_fifty_is_killed_and_each_of_its_chunks_is_claimed_once_and_evenly(
     domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,14 +91,19 @@ async def test_one_of_fifty_is_killed_and_each_of_its_chunks_is_claimed_once_and
         demuxes: list[Demux] = [await stack.enter_async_context(demux_of(domain)) for _ in range(2)]
         clients: list[Drsm] = [
             await stack.enter_async_context(
-                Drsm.connect(domain.nats_url, Pod(f"amf-{i}", f"10.0.1.{i}", "nf"), prefix=domain.prefix)
+                Drsm.connect(
+                    domain.nats_url,
+                    Pod(f"amf-{i}", f"10.0.1.{i}", "nf"),
+                    prefix=domain.prefix,
+                    timeout=PODS_AT_ONCE_SECONDS,
+                )
             )
             for i in range(49)
         ]
-        pools = await asyncio.gather(*[client.join(POOL, timeout=30) for client in clients])
+        pools = await asyncio.gather(*[client.join(POOL) for client in clients])
         for pool in pools:
             for _ in range(180):
-                await pool.allocate(timeout=30)
+                await pool.allocate(timeout=PODS_AT_ONCE_SECONDS)
         victim = await stack.enter_async_context(pod_process(domain, "amf-victim", tmp_path))
         await victim.ask("allocate 1000", "allocated")
         # From here on no pod asks for more: claims go by what each has.
@@ -103,21 +111,31 @@ async def test_one_of_fifty_is_killed_and_each_of_its_chunks_is_claimed_once_and
         incarnations = [client.incarnation for client in clients]
         watching = await stack.enter_async_context(claims(domain))
         victim.kill()
-        before = await mongo_table(domain)
+        before = await mongo_table(domain)  # the victim may have asked for more, which is granted only now
         orphans = {n for n, (name, _) in before.items() if name == "amf-victim"}
         assert len(orphans) >= 100
         assert len(before) >= 1000
         await within(watching.gather(orphans), PODS_AT_ONCE_SECONDS)
+        after = await until_without(domain, "amf-victim")
         await demuxes_equal_mongodb(domain, *demuxes)
         await watching.settle()
         assert {n: len(watching.owners[n]) for n in orphans} == dict.fromkeys(orphans, 1)
-        gained = Counter(watching.owners[n][0] for n in orphans)
-        had = Counter(name for name, _ in before.values())
-        loads = [had[f"amf-{i}"] + gained[f"amf-{i}"] for i in range(49)]
-        assert max(loads) - min(loads) <= 1
+        loads = Counter(name for name, _ in after.values())
+        gained = {owner for owners in watching.owners.values() for owner in owners}
+        assert max(loads[name] for name in gained) - min(loads.values()) <= 1  # whoever had fewest got them
         assert [client.incarnation for client in clients] == incarnations
         await eventually(lambda: all(client.state == "live" for client in clients))
         assert all(pool.allocate_nowait() for pool in pools)
+
+
+async def until_without(domain: Domain, name: str) -> dict[int, tuple[str, int]]:
+    """MongoDB's table once a pod has no chunk any more."""
+    async with asyncio.timeout(PODS_AT_ONCE_SECONDS):
+        while True:
+            table = await mongo_table(domain)
+            if name not in {owner for owner, _ in table.values()}:
+                return table
+            await asyncio.sleep(0.05)
 
 
 async def test_a_pod_that_was_stopped_beyond_its_lease_never_issues_an_id_again_that_another_has(
@@ -134,7 +152,7 @@ async def test_a_pod_that_was_stopped_beyond_its_lease_never_issues_an_id_again_
         first = (await paused.heard("joined"))["incarnation"]
         shared = (await paused.ask("allocate 300", "allocated"))["chunks"]
         paused.pause()
-        await eventually(lambda: found_in_use(survivor) == 300)
+        await eventually(lambda: found_in_use(survivor) >= 300)
         more = await survivor.ask("allocate 1500", "allocated", timeout=60)  # beyond its own first chunk
         assert set(shared) < set(more["chunks"])
         paused.resume()
@@ -163,21 +181,21 @@ async def test_what_died_while_nobody_lived_goes_to_the_first_that_comes(
             for process in (one, two):
                 await process.ask("allocate 50", "allocated")
                 process.kill()
-            await asking.seen(lambda: len(asking.of(m.PodDown)) == 2)
+            await asking.seen(lambda: {down.pod.name for down in asking.of(m.PodDown)} == {"amf-1", "amf-2"})
         left = await mongo_table(domain)
         assert await orphans_of(asking) == len(left) >= 10
         async with pod(domain, "amf-3") as pool:
             # (The last of the two to be missed may have had chunks of the other.)
             await asking.seen(
                 lambda: (
-                    sum(len(c.chunks) for c in asking.of(m.ChunkClaimed) if c.owner.name == "amf-3")
-                    == len(left)
+                    {n for c in asking.of(m.ChunkClaimed) if c.owner.name == "amf-3" for n in c.chunks}
+                    >= left.keys()
                 )
             )
             assert await orphans_of(asking) == 0
             table = await mongo_table(domain)
             assert {table[n][0] for n in left} == {"amf-3"}
-            assert pool.owner(min(left) << 10 | 1) is not None
+            await eventually(lambda: pool.owner(min(left) << 10 | 1))
 
 
 async def orphans_of(asking: Requester) -> int:
@@ -252,24 +270,26 @@ async def test_nobody_is_orphaned_while_the_agent_is_away_and_the_ttl_monitor_ta
                     after = await mongo_table(domain)
                     assert {n: after.get(n) for n in before} == before
                     await eventually(lambda: pool.valid(id_))
-                    assert await pool.allocate(timeout=10)
+                    assert await pool.allocate(timeout=SEEN_SECONDS)
 
 
 async def test_of_two_hundred_pods_one_goes_away_and_exactly_one_other_claims_each_chunk(
     domain: Domain,
 ) -> None:
     """The original's wish: all others would claim, exactly one succeeds."""
-    async with domain.served() as asking, claims(domain) as watching:
+    async with domain.served(**NONE_EXPIRES) as asking, claims(domain) as watching:
         names = [f"amf-{i}" for i in range(200)]
         opened = await asyncio.gather(*[asking.open(name) for name in names])
         pods = [(name, answer.incarnation) for name, answer in zip(names, opened, strict=True)]
-        async with renewing(asking, *pods[1:]):
-            granted = await asking.acquire(*pods[0], count=20)
-            await within(watching.gather({n for n, _ in granted.chunks}), PODS_AT_ONCE_SECONDS)
-            await watching.settle()
-            assert {len(owners) for owners in watching.owners.values()} == {1}
-            assert len({owners[0] for owners in watching.owners.values()}) == 20  # one each
-            assert await orphans_of(asking) == 0
+        await asyncio.gather(*[asking.renew(*pod) for pod in pods])
+        granted = await asking.acquire(*pods[0], count=20)
+        await asking.ask(asking.subjects.session("close"), m.SessionRef(*pods[0]), m.Empty)
+        await within(watching.gather({n for n, _ in granted.chunks}), PODS_AT_ONCE_SECONDS)
+        await watching.settle()
+        assert {len(owners) for owners in watching.owners.values()} == {1}
+        assert len({owners[0] for owners in watching.owners.values()}) == 20  # one each
+        await asking.seen(lambda: sum(len(claim.chunks) for claim in asking.of(m.ChunkClaimed)) >= 20)
+        assert await orphans_of(asking) == 0
 
 
 async def test_each_life_of_a_name_has_a_higher_incarnation_than_those_before(
@@ -293,13 +313,14 @@ async def test_a_pod_that_restarts_in_place_has_fresh_chunks_while_its_old_lease
 ) -> None:
     """It need not wait for `L`, here longer than any of the waits; only its old chunks do."""
     long = {"liveness_ttl": 3 * SEEN_SECONDS, "allocation_ttl": 300.0}
-    async with domain.served(**SMALL_CHUNKS, **long) as asking:
+    async with domain.served(**SMALL_CHUNKS, **long, **ONE_LEAD) as asking:
         async with pod_process(domain, "amf-1", tmp_path) as first:
             old = (await first.ask("allocate 10", "allocated"))["chunks"]
             first.kill()
         async with pod_process(domain, "amf-1", tmp_path) as second:
             new = (await second.ask("allocate 10", "allocated"))["chunks"]
             assert not set(old) & set(new)
+            await asking.seen(lambda: asking.of(m.PodDown))
             assert [down.reason for down in asking.of(m.PodDown)] == ["superseded"]
             assert not asking.of(m.ChunkClaimed)
 
@@ -308,9 +329,16 @@ async def test_a_second_life_at_another_address_has_fresh_chunks_and_then_those_
     domain: Domain, tmp_path: Path
 ) -> None:
     """As in a StatefulSet: same name, new IP. It gets the old chunks although another pod has fewer."""
-    async with domain.served(**SMALL_CHUNKS, liveness_ttl=2.5) as asking, pod(domain, "amf-2"):
+    async with (
+        domain.served(**SMALL_CHUNKS, liveness_ttl=2.5) as asking,
+        pod(domain, "amf-2"),
+        AsyncExitStack() as until_superseded,
+    ):
         async with pod_process(domain, "amf-1", tmp_path) as first:
             old = set((await first.ask("allocate 50", "allocated"))["chunks"])
+            life = "amf-1", (await first.heard("joined"))["incarnation"]
+            # Else it would be over by `L` where the second life takes longer than that to begin.
+            await until_superseded.enter_async_context(renewing(asking, life))
             first.kill()
         async with pod(domain, "amf-1", "10.0.0.9") as second:
             fresh = await second.allocate()
