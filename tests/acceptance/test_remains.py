@@ -9,12 +9,23 @@ import pytest
 from drsm_agent import leader, mirrors, reaper
 from drsm_agent.reign import Reign
 from drsm_sdk.wire import messages as m
-from tests.harness import POOL, SEEN_SECONDS, Domain, Requester, eventually, mongo_client, renewing
+from tests.harness import (
+    NONE_EXPIRES,
+    POOL,
+    SEEN_SECONDS,
+    Domain,
+    Requester,
+    eventually,
+    mongo_client,
+    renewing,
+)
 from tests.sdk.fake_agent import SkippingClock
 
 HOLD = 300.0 + 10.0
 """`A + W` of the default settings."""
 OFTEN = 0.05
+SLACK = 60.0
+"""Seconds of which a test needs few: its clock skips, and goes on with the machine's."""
 
 
 class Cleaning:
@@ -96,30 +107,30 @@ async def test_a_dead_pods_keepalive_stays_while_it_owns_a_chunk_and_then_for_a_
     domain: Domain, cleaning: Cleaning
 ) -> None:
     """A Go pod that misses it takes the chunks, and knows of no hold: by then nobody may issue from them."""
-    async with domain.served() as asking, mongo_client(domain) as client:
+    async with domain.served(**NONE_EXPIRES) as asking, mongo_client(domain) as client:
         keepalives = client[domain.database][POOL]
         await owner_that_closed(asking, keepalives)
         await cleaning.pass_by(3 * HOLD)
         assert await keepalives.find_one({"_id": "amf-1"})
         await have_claimed(asking)
-        await cleaning.pass_by(HOLD - 5.0)
+        await cleaning.pass_by(HOLD - SLACK)
         assert await keepalives.find_one({"_id": "amf-1"})
-        await cleaning.pass_by(5.0)
+        await cleaning.pass_by(SLACK)
         await gone(keepalives, "amf-1")
 
 
 async def test_a_dead_session_is_kept_for_an_hour_and_a_hold_for_people_who_look_for_a_reason(
     domain: Domain, cleaning: Cleaning
 ) -> None:
-    async with domain.served() as asking, mongo_client(domain) as client:
+    async with domain.served(**NONE_EXPIRES) as asking, mongo_client(domain) as client:
         sessions = client[domain.database]["drsm_sessions"]
         session = await owner_that_closed(asking, client[domain.database][POOL])
         await have_claimed(asking)
-        await cleaning.pass_by(reaper.PURGE_AFTER + HOLD - 5.0)
+        await cleaning.pass_by(reaper.PURGE_AFTER + HOLD - SLACK)
         kept = await sessions.find_one({"_id": session})
         assert kept is not None
         assert (kept["state"], kept["reason"]) == ("dead", "closed")
-        await cleaning.pass_by(5.0)
+        await cleaning.pass_by(SLACK)
         await gone(sessions, session)
 
 
@@ -127,7 +138,7 @@ async def test_a_dead_session_is_kept_for_as_long_as_a_chunk_names_it(
     domain: Domain, cleaning: Cleaning
 ) -> None:
     """It says which hold its chunks need: here the short one of a graceful close."""
-    async with domain.served() as asking, mongo_client(domain) as client:
+    async with domain.served(**NONE_EXPIRES) as asking, mongo_client(domain) as client:
         sessions = client[domain.database]["drsm_sessions"]
         session = await owner_that_closed(asking, client[domain.database][POOL])
         await cleaning.pass_by(3 * reaper.PURGE_AFTER)

@@ -9,7 +9,7 @@ from drsm_sdk import Drsm, Pod, Pool, PoolEmpty, PoolExhausted
 from drsm_sdk.ambient import boottime
 from drsm_sdk.wire import messages as m
 from tests.acceptance.test_operator import drsm, shown
-from tests.harness import Domain, Failed, eventually, requester
+from tests.harness import SEEN_SECONDS, Domain, Failed, eventually, requester
 
 SESSION = "session"
 SPACES: list[dict[str, Any]] = [
@@ -21,7 +21,8 @@ POOL = {"name": SESSION, "usage_lag_ms": 0, "spaces": SPACES}
 
 
 def drsm_of(domain: Domain, name: str, **options: Any) -> Drsm:
-    return Drsm.connect(domain.nats_url, Pod(name, "10.0.0.1", "nf"), prefix=domain.prefix, **options)
+    pod = Pod(name, "10.0.0.1", "nf")
+    return Drsm.connect(domain.nats_url, pod, prefix=domain.prefix, timeout=SEEN_SECONDS, **options)
 
 
 async def test_operators_see_each_space(domain: Domain) -> None:
@@ -102,7 +103,7 @@ async def test_a_pod_whose_free_ids_are_in_different_chunks_gets_another_chunk(d
                     pool.allocate_nowait(space=space, beside=beside)
                 except PoolEmpty:
                     break
-        ids = await pool.allocate_set(timeout=5.0)
+        ids = await pool.allocate_set(timeout=SEEN_SECONDS)
         assert pool.definition.chunk_of(ids["seid"], "seid") == 2
 
 
@@ -123,4 +124,4 @@ async def test_a_pool_is_exhausted_by_the_space_that_has_fewest(domain: Domain) 
 
 async def take_all(pool: Pool, sets: list[dict[str, Any]]) -> None:
     while True:
-        sets.append(await pool.allocate_set("ue_ip", "seid", timeout=10.0))
+        sets.append(await pool.allocate_set("ue_ip", "seid", timeout=SEEN_SECONDS))
