@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from drsm_sdk import Drsm, Pod
-from tests.harness import within
+from tests.harness import PROCESS_SECONDS, SEEN_SECONDS, within
 
 AGENT = Path(sys.executable).with_name("drsm-agent")
-START_SECONDS = 60.0
 DEMO_SECONDS = 110.0
 
 
@@ -39,7 +38,7 @@ async def until_ready(process: asyncio.subprocess.Process) -> dict[str, str]:
     """The URLs that `dev` prints, by the server's name."""
     assert process.stdout is not None
     urls: dict[str, str] = {}
-    async with asyncio.timeout(START_SECONDS):
+    async with asyncio.timeout(PROCESS_SECONDS):
         while not (line := (await process.stdout.readline()).decode()).startswith("ready"):
             assert line, (await process.communicate())[1].decode()
             name, _, rest = line.strip().partition(" ")
@@ -63,10 +62,11 @@ def children(pid: int, name: str) -> list[int]:
 async def test_dev_serves_pods_until_ctrl_c(tmp_path: Path) -> None:
     async with command(AGENT, "dev", "--pool", "amfid", "--pool", "fseid") as process:
         urls = await until_ready(process)
-        async with Drsm.connect(urls["NATS"], Pod("amf-1", "10.0.0.1", "i")) as drsm:
+        pod = Pod("amf-1", "10.0.0.1", "i")
+        async with Drsm.connect(urls["NATS"], pod, timeout=SEEN_SECONDS) as drsm:
             assert (await (await drsm.join("fseid")).allocate()) > 0
         process.send_signal(signal.SIGINT)
-        _, errors = await within(process.communicate())
+        _, errors = await within(process.communicate(), PROCESS_SECONDS)
     assert process.returncode == 0
     assert "Traceback" not in errors.decode()
 
@@ -76,7 +76,7 @@ async def test_dev_ends_with_a_fault_when_one_of_its_servers_does() -> None:
         await until_ready(process)
         (server,) = children(process.pid, "nats-server")
         os.kill(server, signal.SIGKILL)
-        _, errors = await within(process.communicate())
+        _, errors = await within(process.communicate(), PROCESS_SECONDS)
     assert process.returncode == 1
     assert "drsm-agent: nats-server" in errors.decode()
     assert "ended with -9" in errors.decode()
@@ -84,7 +84,7 @@ async def test_dev_ends_with_a_fault_when_one_of_its_servers_does() -> None:
 
 async def test_dev_tells_a_mistake_before_it_starts_anything() -> None:
     async with command(AGENT, "dev", "--pool", "No Pool") as process:
-        _, errors = await within(process.communicate())
+        _, errors = await within(process.communicate(), PROCESS_SECONDS)
     assert process.returncode == 2
     assert "DRSM_POOLS[0]: name: expected" in errors.decode()
 
@@ -105,7 +105,7 @@ async def test_a_missing_extra_is_named(module: str, missing: str, extra: str) -
     """An application that installed only the SDK has the commands all the same."""
     without = f"import sys; sys.modules['{missing}'] = None; from {module} import main; main()"
     async with command(sys.executable, "-c", without) as process:
-        _, errors = await within(process.communicate())
+        _, errors = await within(process.communicate(), PROCESS_SECONDS)
     assert process.returncode == 1
     assert f"{missing} is not installed" in errors.decode()
     assert f"pip install '{extra}'" in errors.decode()

@@ -19,7 +19,7 @@ from drsm_agent.settings import PoolSettings
 from drsm_sdk import Demux, Drsm, Pod, testing
 from drsm_sdk.wire.definition import Definition
 from tests.acceptance.test_agent_commands import AGENT, command, until_ready
-from tests.harness import SEEN_SECONDS, Domain, eventually, mongo_client
+from tests.harness import PROCESS_SECONDS, SEEN_SECONDS, Domain, eventually, mongo_client
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 POOLS = EXAMPLES / "pools.json"
@@ -72,7 +72,7 @@ class Run:
 
     async def until(self, holds: Callable[[], object]) -> None:
         try:
-            async with asyncio.timeout(SEEN_SECONDS * 2):
+            async with asyncio.timeout(PROCESS_SECONDS):
                 while not holds():
                     await asyncio.sleep(0.05)
         except TimeoutError:
@@ -90,7 +90,7 @@ async def test_all_ids_of_a_session_move_to_one_owner_and_none_is_issued_again(
         scratch = await stack.enter_async_context(Scratch())
         await stack.enter_async_context(domain.agent(pools=[example.pool], allocation_ttl=4.0))
         demux = await stack.enter_async_context(
-            Demux.connect(domain.nats_url, example.name, prefix=domain.prefix)
+            Demux.connect(domain.nats_url, example.name, prefix=domain.prefix, timeout=SEEN_SECONDS)
         )
         dying, survivor = (Run(scratch, domain, example, f"{example.name}-{i}") for i in (1, 2))
         for run in (dying, survivor):
@@ -197,7 +197,8 @@ async def test_dev_serves_the_pools_of_the_examples() -> None:
     """As examples/README.md says it is started."""
     async with command(AGENT, "dev", DRSM_POOLS=POOLS.read_text()) as process:
         urls = await until_ready(process)
-        async with Drsm.connect(urls["NATS"], Pod("smf-1", "10.0.0.1", "i")) as drsm:
+        pod = Pod("smf-1", "10.0.0.1", "i")
+        async with Drsm.connect(urls["NATS"], pod, timeout=SEEN_SECONDS) as drsm:
             pool = await drsm.join("smf")
             assert set(await pool.allocate_set()) == {"seid", "ue_ip"}
             assert pool.definition.parts[1].ranges == ("10.45.0.0/16",)

@@ -13,7 +13,7 @@ from drsm_sdk.wire.messages import ChunkClaimed, Join, Joined, PodDown
 from tests.bench.children import Child, child
 from tests.bench.measure import Row, seconds
 from tests.bench.raw import RawMongo
-from tests.bench.setting import Served, Setting, cpu_seconds, served
+from tests.bench.setting import START_SECONDS, Served, Setting, cpu_seconds, served
 from tests.harness import POOL, Domain, Requester
 
 SURVIVORS = 2
@@ -65,7 +65,9 @@ async def kill(setting: Setting) -> list[Row]:
         (survivors,) = await stack.enter_async_context(fleet(here.domain, 1, SURVIVORS))
         survivors.go()
         await survivors.says()
-        demux = await stack.enter_async_context(Demux.connect(nats_url, POOL, prefix=prefix))
+        demux = await stack.enter_async_context(
+            Demux.connect(nats_url, POOL, prefix=prefix, timeout=START_SECONDS)
+        )
         raw = await stack.enter_async_context(RawMongo(here.domain.mongo_url, f"{here.domain.database}raw"))
         for number in range(setting.scale.kills):
             name = f"victim-{number}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from drsm_sdk import Demux, Drsm, Pod
 from tests.bench.measure import Measured, Row, in_turns
-from tests.bench.setting import Setting, served
+from tests.bench.setting import START_SECONDS, Setting, served
 from tests.bench.victim import own
 from tests.harness import POOL, renewing
 
@@ -22,7 +22,8 @@ async def pair(setting: Setting) -> list[Row]:
     turns, rounds = setting.scale.turns, setting.scale.rounds
     async with served(setting) as here:
         pod = Pod("pod-1", "10.0.0.1", "bench")
-        async with Drsm.connect(here.domain.nats_url, pod, prefix=here.domain.prefix) as drsm:
+        connecting = Drsm.connect(here.domain.nats_url, pod, prefix=here.domain.prefix, timeout=START_SECONDS)
+        async with connecting as drsm:
             pool = await drsm.join(POOL)
             ours = _timed("release(allocate())", turns, allocate=pool.allocate_nowait, release=pool.release)
             bare = "id_ = free.popleft(); used[id_] = 0.0; del used[id_]; free.append(id_)"
@@ -37,7 +38,9 @@ async def lookup(setting: Setting) -> list[Row]:
     turns, rounds = max(setting.scale.turns // TABLE, 1), setting.scale.rounds
     async with served(setting) as here:
         incarnation = await own(here.asking, "pod-1", TABLE)
-        connecting = Demux.connect(here.domain.nats_url, POOL, prefix=here.domain.prefix)
+        connecting = Demux.connect(
+            here.domain.nats_url, POOL, prefix=here.domain.prefix, timeout=START_SECONDS
+        )
         async with renewing(here.asking, ("pod-1", incarnation)), connecting as demux:
             table = demux.chunks()
             ids = [(n << 10) + 7 for n in random.sample(sorted(table), TABLE)]

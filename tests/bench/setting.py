@@ -18,7 +18,8 @@ from drsm_sdk.wire import messages as m
 from drsm_sdk.wire.subjects import Subjects
 from tests.harness import TRY_SECONDS, Domain, Requester
 
-LEADS_SECONDS = 30.0
+START_SECONDS = 60.0
+"""How long an agent, a pod or a demux may take to begin; it is not measured."""
 RUN_AGENT = (sys.executable, "-c", "from drsm_agent.cli import main; main()", "run")
 
 
@@ -128,7 +129,7 @@ async def served(setting: Setting) -> AsyncIterator[Served]:
 
 
 async def _leads(asking: Requester, agent: Process) -> None:
-    async with asyncio.timeout(LEADS_SECONDS):
+    async with asyncio.timeout(START_SECONDS):
         while True:
             try:
                 await asking.ask(asking.subjects.pools, m.Empty(), m.Pools, timeout=TRY_SECONDS)
