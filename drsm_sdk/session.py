@@ -357,6 +357,8 @@ class Session:
                     await self._wake.wait()
 
     async def _renew(self, life: Life) -> None:
+        if life.ended:  # since this task was begun: nothing is sent after the close
+            return
         held = {name: member.held() for name, member in self.members.items()}
         use = {name: member.use() for name, member in self.members.items()}
         request = wire.Renew(self.pod.name, life.incarnation, held, use)

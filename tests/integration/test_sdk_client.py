@@ -600,7 +600,9 @@ async def test_leaving_closes_the_session_as_the_last_request(agent: FakeAgent, 
     async with connect() as drsm:
         pool = await drsm.join(POOL)
         reader = pool.changes()
-        incarnation = drsm.incarnation
+        incarnation, life = drsm.incarnation, drsm._session.life
+        assert life is not None
+        drsm._session.tasks.start(drsm._session._renew(life), "renew")  # and has not begun yet
     assert agent.requests[-1] == ("session.close", {"pod": "amf-1", "incarnation": incarnation})
     with pytest.raises(SessionLost, match="closed"):
         pool.allocate_nowait()
