@@ -9,7 +9,17 @@ import pytest
 
 from drsm_sdk import AgentUnavailable, BadRequest, Demux, changes
 from drsm_sdk.wire import messages as wire
-from tests.sdk.fake_agent import OTHER, POOL, SILENCE, FakeAgent, SkippingClock, eventually, fake_agent
+from tests.sdk.fake_agent import (
+    DEADLINE,
+    OTHER,
+    POOL,
+    SEEN_SECONDS,
+    SILENCE,
+    FakeAgent,
+    SkippingClock,
+    eventually,
+    fake_agent,
+)
 
 THIRD = wire.OwnerRef("third", "10.0.0.8", "t", 2)
 Connect = Callable[..., Demux]
@@ -30,7 +40,7 @@ def clock() -> SkippingClock:
 
 @pytest.fixture
 def connect(nats_url: str, prefix: str, clock: SkippingClock) -> Connect:
-    def connect(pool: str = POOL, timeout: float = 5.0) -> Demux:
+    def connect(pool: str = POOL, timeout: float = SEEN_SECONDS) -> Demux:
         return Demux.connect(nats_url, pool, prefix=prefix, timeout=timeout, clock=clock)
 
     return connect
@@ -106,8 +116,8 @@ async def test_events_during_a_snapshot_are_not_lost(agent: FakeAgent, connect: 
     agent.script = late
     await agent.give(THIRD, 5)
     async with connect() as demux:
-        await agent.sync()
         agent.script = lambda verb, body: None
+        await agent.sync()
         await eventually(lambda: name(demux, 5) == "third")
 
 
@@ -118,9 +128,9 @@ async def test_pages_of_two_agents_are_not_mixed(agent: FakeAgent, connect: Conn
     agent.script = lambda verb, body: (
         [first, second, b""] if verb == "snapshot" and len(agent.asked(verb)) == 1 else None
     )
-    async with connect(timeout=15.0) as demux:
+    async with connect() as demux:
         assert name(demux, 1) == "other"
-        assert len(agent.asked("snapshot")) == 2
+        assert len(agent.asked("snapshot")) >= 2
 
 
 async def test_without_syncs_a_table_is_not_called_synced(
@@ -149,7 +159,7 @@ async def test_nonsense_on_the_subjects_harms_nobody(agent: FakeAgent, connect: 
 
 async def test_connecting_without_an_agent_says_so(nats_url: str, prefix: str) -> None:
     with pytest.raises(AgentUnavailable, match="no responders"):
-        async with Demux.connect(nats_url, POOL, prefix=prefix, timeout=0.5):
+        async with Demux.connect(nats_url, POOL, prefix=prefix, timeout=DEADLINE):
             pass
 
 

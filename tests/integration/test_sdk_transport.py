@@ -13,8 +13,8 @@ from nats.aio.msg import Msg
 from drsm_agent.embedded import NatsServer, Scratch, start_nats_server
 from drsm_sdk.nats_transport import NatsTransport
 from drsm_sdk.transport import Message, NoAnswer, NoResponders, NotConnected, TooLarge
-from tests.harness import raw, unreadable
-from tests.sdk.fake_agent import eventually
+from tests.harness import SEEN_SECONDS, raw, unreadable
+from tests.sdk.fake_agent import DEADLINE, eventually
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ async def echo(transport: NatsTransport) -> list[bytes]:
 
 async def test_subscriptions_outlive_a_restart_of_the_server(server: NatsServer) -> None:
     transport = NatsTransport(server.url)
-    await transport.connect(5.0)
+    await transport.connect(SEEN_SECONDS)
     again: list[int] = []
     transport.on_reconnect(lambda: again.append(transport.epoch))
     heard = await echo(transport)
@@ -52,7 +52,7 @@ async def test_subscriptions_outlive_a_restart_of_the_server(server: NatsServer)
 async def test_nothing_is_kept_for_later_while_disconnected(server: NatsServer) -> None:
     """A stale request must not be replayed minutes later."""
     transport = NatsTransport(server.url)
-    await transport.connect(5.0)
+    await transport.connect(SEEN_SECONDS)
     heard = await echo(transport)
     await server.kill()
     await eventually(lambda: not transport.connected)
@@ -70,9 +70,9 @@ async def test_nothing_is_kept_for_later_while_disconnected(server: NatsServer) 
 async def test_a_server_that_hangs_is_noticed_within_seconds(server: NatsServer) -> None:
     """nats-py alone would take six minutes."""
     transport = NatsTransport(server.url)
-    await transport.connect(5.0)
+    await transport.connect(SEEN_SECONDS)
     server.pause()
-    await eventually(lambda: not transport.connected, seconds=12.0)
+    await eventually(lambda: not transport.connected)
     server.resume()
     await eventually(lambda: transport.connected)
     await transport.close()
@@ -82,7 +82,7 @@ async def test_a_connection_that_was_closed_for_good_is_built_anew(scratch: Scra
     """After some errors of the server nats-py never reconnects, whatever its settings."""
     server = await start_nats_server(scratch, config='authorization { user: a, password: "one" }')
     transport = NatsTransport(server.url, options={"user": "a", "password": "one"})
-    await transport.connect(5.0)
+    await transport.connect(SEEN_SECONDS)
     heard = await echo(transport)
     config = server.home / "nats.conf"
     config.write_text('authorization { user: a, password: "two" }')
@@ -100,13 +100,13 @@ async def test_wrong_credentials_are_told_at_the_deadline(scratch: Scratch) -> N
     server = await start_nats_server(scratch, config='authorization { user: a, password: "one" }')
     transport = NatsTransport(server.url, options={"user": "a", "password": "wrong"})
     with pytest.raises(NotConnected, match="Authorization Violation"):
-        await transport.connect(1.0)
+        await transport.connect(DEADLINE)
     await transport.close()
 
 
 async def test_a_failing_callback_does_not_end_the_others(server: NatsServer) -> None:
     transport = NatsTransport(server.url)
-    await transport.connect(5.0)
+    await transport.connect(SEEN_SECONDS)
     heard: list[bytes] = []
 
     def fails_once(message: Message) -> None:
@@ -124,7 +124,7 @@ async def test_a_failing_callback_does_not_end_the_others(server: NatsServer) ->
 async def test_messages_that_cannot_be_read_do_not_end_the_connection(server: NatsServer) -> None:
     """A single one, from anybody, ends nats-py's read loop: it hears nothing until pings time out."""
     transport = NatsTransport(server.url)
-    await transport.connect(5.0)
+    await transport.connect(SEEN_SECONDS)
     heard = await echo(transport)
     for count, packet in enumerate(unreadable("echo").values(), start=1):
         await raw(server.url, packet)
@@ -136,11 +136,11 @@ async def test_messages_that_cannot_be_read_do_not_end_the_connection(server: Na
 
 async def test_each_way_of_not_getting_an_answer_has_its_error(server: NatsServer) -> None:
     transport = NatsTransport(server.url)
-    await transport.connect(5.0)
+    await transport.connect(SEEN_SECONDS)
     with pytest.raises(NoResponders):
-        await transport.request("nobody", b"", 1.0)
+        await transport.request("nobody", b"", SEEN_SECONDS)
     with pytest.raises(NoResponders):
-        await transport.request_many("nobody", b"", 1.0, lambda message: True)
+        await transport.request_many("nobody", b"", SEEN_SECONDS, lambda message: True)
     subscription = await transport.subscribe("silent", lambda message: None)
     with pytest.raises(NoAnswer):
         await transport.request("silent", b"", 0.1)
@@ -156,7 +156,7 @@ async def test_a_cancellation_that_comes_together_with_the_answer_ends_the_task(
     """nats-py's own request may drop it, and a task that asks again and again never ends."""
     responder = await nats.connect(server.url)
     transport = NatsTransport(server.url)
-    await transport.connect(5.0)
+    await transport.connect(SEEN_SECONDS)
 
     async def answer(message: Msg) -> None:
         await responder.publish(message.reply, b"yes")
@@ -165,7 +165,7 @@ async def test_a_cancellation_that_comes_together_with_the_answer_ends_the_task(
 
     async def ask() -> None:
         for i in itertools.count():
-            await transport.request("ask", str(i).encode(), 10.0)
+            await transport.request("ask", str(i).encode(), SEEN_SECONDS)
 
     def cancel(_: Message) -> None:
         asking.cancel()
@@ -175,7 +175,7 @@ async def test_a_cancellation_that_comes_together_with_the_answer_ends_the_task(
     await transport.subscribe("over", cancel)
     for _ in range(10):
         asking = asyncio.create_task(ask())
-        await asyncio.wait([asking], timeout=20.0)
+        await asyncio.wait([asking], timeout=SEEN_SECONDS)
         assert asking.cancelled()
     await transport.close()
     await responder.close()
@@ -183,26 +183,26 @@ async def test_a_cancellation_that_comes_together_with_the_answer_ends_the_task(
 
 async def test_closing_works_while_the_server_hangs(server: NatsServer) -> None:
     transport = NatsTransport(server.url)
-    await transport.connect(5.0)
+    await transport.connect(SEEN_SECONDS)
     await echo(transport)
     server.pause()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SEEN_SECONDS):
         await transport.close()
 
 
 async def test_closing_works_while_the_server_is_gone(server: NatsServer) -> None:
     transport = NatsTransport(server.url)
-    await transport.connect(5.0)
+    await transport.connect(SEEN_SECONDS)
     await echo(transport)
     await server.kill()
     await eventually(lambda: not transport.connected)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SEEN_SECONDS):
         await transport.close()
 
 
 async def test_what_is_subscribed_to_while_disconnected_is_heard_later(server: NatsServer) -> None:
     transport = NatsTransport(server.url)
-    await transport.connect(5.0)
+    await transport.connect(SEEN_SECONDS)
     await server.kill()
     await eventually(lambda: not transport.connected)
     heard = await echo(transport)

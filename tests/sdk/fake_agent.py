@@ -24,6 +24,10 @@ POOL = "amfid"
 OTHER = wire.OwnerRef("other", "10.0.0.9", "o", 1)
 SILENCE = object()
 """What a script returns for "no answer"."""
+SEEN_SECONDS = 20.0
+"""How long a test waits for what must happen; a bound against hanging, not a measurement."""
+DEADLINE = 3.0
+"""A deadline that passes in vain, and tells what was heard until then: a slow machine must hear it, too."""
 
 Script = Callable[[str, dict[str, Any]], Any]
 
@@ -50,7 +54,7 @@ class FakeAgent(Agent):
             subjects,
             [definition],
             lambda subject, data, headers: self._outbox.append((subject, data, dict(headers))),
-            timing=Timing(hold=0.0, liveness=3.0, allocation=300.0, renew=0.05),
+            timing=Timing(hold=0.0, liveness=30.0, allocation=300.0, renew=0.05),
             clock=boottime,
             chance=Chance(),
         )
@@ -144,7 +148,7 @@ class FakeAgent(Agent):
         return [body for said, body in self.requests if said == verb]
 
     async def until_asked(self, verb: str, times: int = 1) -> list[dict[str, Any]]:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SEEN_SECONDS):
             while len(found := self.asked(verb)) < times:
                 self.news.clear()
                 await self.news.wait()
@@ -167,7 +171,7 @@ async def fake_agent(
         await client.close()
 
 
-async def eventually(holds: Callable[[], Any], seconds: float = 10.0) -> None:
+async def eventually(holds: Callable[[], Any], seconds: float = SEEN_SECONDS) -> None:
     """Wait until `holds` says so."""
     async with asyncio.timeout(seconds):
         while not holds():
