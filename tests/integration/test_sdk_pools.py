@@ -14,7 +14,12 @@ async def test_a_pool_taken_off_the_list_keeps_the_pod_out_of_no_other(domain: D
     both = [{"name": POOL}, {"name": "gone"}]
     async with AsyncExitStack() as stack:
         async with domain.agent(pools=both):
-            connected = Drsm.connect(domain.nats_url, Pod("amf-1", "10.0.0.1", "i"), prefix=domain.prefix)
+            connected = Drsm.connect(
+                domain.nats_url,
+                Pod("amf-1", "10.0.0.1", "i"),
+                prefix=domain.prefix,
+                timeout=SEEN_SECONDS,
+            )
             drsm = await stack.enter_async_context(connected)
             pool, gone = await drsm.join(POOL), await drsm.join("gone")
         async with domain.agent(pools=both[:1], settings_revision=2):
