@@ -7,7 +7,7 @@ import pytest_asyncio
 
 from drsm_agent.store.memory import MemoryStore
 from drsm_agent.store.mongo import MongoStore
-from tests.store.tools import POOLS, AnyStore, Stand
+from tests.store.tools import PATIENCE_SECONDS, POOLS, AnyStore, Stand
 
 
 @pytest.fixture(params=["memory", "mongo"])
@@ -16,7 +16,7 @@ def make(request: pytest.FixtureRequest, database: str) -> Callable[[], AnyStore
     if request.param == "memory":
         return lambda: MemoryStore(POOLS)
     url = request.getfixturevalue("mongo_url")
-    return lambda: MongoStore(url, database, dict.fromkeys(POOLS, database))
+    return lambda: MongoStore(url, database, dict.fromkeys(POOLS, database), timeout=PATIENCE_SECONDS)
 
 
 @pytest_asyncio.fixture

@@ -16,7 +16,9 @@ from drsm_agent.store import check
 from drsm_agent.store.mongo import MongoStore
 from tests.store.tools import POOLS, Stand
 
-SHORT = 0.5
+SHORT = 2.0
+"""How long MongoDB is asked in vain. On a slow machine the driver must hear from it until then, too."""
+LONG = 20.0
 
 
 async def _refusal(url: str, timeout: float = SHORT, kind: type[AgentError] = Misconfigured) -> str:
@@ -50,7 +52,7 @@ async def standalone(stack: Stack) -> AsyncIterator[Mongod]:
 
 async def test_a_standalone_is_told_how_to_become_a_replica_set(standalone: Mongod) -> None:
     """It has no change streams."""
-    text = await _refusal(f"mongodb://{standalone.address}/", timeout=5.0)
+    text = await _refusal(f"mongodb://{standalone.address}/", timeout=LONG)
     assert "--replSet rs0" in text
     assert "rs.initiate()" in text
     assert standalone.address in text
@@ -80,7 +82,7 @@ async def test_a_mongodb_that_is_not_there_is_told_in_bounded_time(url: str) -> 
     """With the address. Whether it will ever be there nobody knows."""
     begin = time.monotonic()
     text = await _refusal(url, kind=StoreUnavailable)
-    assert time.monotonic() - begin < 4 * SHORT
+    assert time.monotonic() - begin < LONG  # by default the driver looks for half a minute
     assert "127.0.0.1:1" in text
     assert "refused" in text
 
@@ -107,7 +109,7 @@ async def test_a_malformed_url_is_refused(url: str) -> None:
 async def test_wrong_credentials_are_refused(mongo_url: str) -> None:
     """The driver's reason, and which permissions are needed."""
     address = mongo_url.removeprefix("mongodb://")
-    text = await _refusal(f"mongodb://user:secret@{address}", timeout=5.0)
+    text = await _refusal(f"mongodb://user:secret@{address}", timeout=LONG)
     assert "readWrite" in text
     assert "Authentication failed" in text
 
@@ -157,7 +159,7 @@ async def test_the_urls_options_do_not_weaken_the_guarantees(mongo_url: str, dat
         assert client.read_preference.name == "Primary"
         async with aclosing(store.changes(after=(await store.snapshot()).at)) as batches:
             await anext(batches)
-            async with asyncio.timeout(4.0):  # of idle batches, which come twice a second
+            async with asyncio.timeout(8.0):  # of idle batches, which come twice a second
                 await anext(batches)
 
 

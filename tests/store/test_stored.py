@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from drsm_agent import alone
 from drsm_agent.core.documents import Document, Owner
 from drsm_agent.core.settings import former_liveness, reconcile
 from drsm_agent.core.table import STAMPS
@@ -21,6 +22,7 @@ from drsm_agent.core.writes import (
     touch_stamp,
 )
 from drsm_agent.errors import Misconfigured, StoreUnavailable
+from drsm_agent.ports import Store
 from drsm_agent.store import stored
 from drsm_agent.store.stored import check_current, ensure_stored
 from drsm_sdk.wire import codec
@@ -227,27 +229,27 @@ async def test_what_would_not_stay_where_it_is_stands_in_the_way_of_a_change(
     assert await found(store, SETTINGS, "pool:amfid") == UES
 
 
-async def test_a_pool_shrinks_to_what_is_owned_while_no_agent_leads(store: AnyStore) -> None:
+async def test_a_pool_shrinks_to_what_is_owned_while_no_agent_leads(
+    store: AnyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A leader would go on granting what is to go."""
     await ensure_stored(store, [SETTING, UES])
     await owning(store, 3)
     smaller = UES | {"ranges": ["10.45.0.0/16"], "revision": 2}
-    await only(store, first_lead(LeaderRecord("agent-1", 1, 0, 300)))
+    led = LeaderRecord("agent-1", 1, 0, 300)
+    await only(store, first_lead(led))
+    look = alone._leader
 
-    ended = asyncio.Event()
+    async def look_before_it_is_renewed(store: Store) -> LeaderRecord | None:
+        seen = await look(store)
+        await store.write([renew_lead(led)])
+        return seen
 
-    async def lead() -> None:
-        while not ended.is_set():
-            await only(store, renew_lead(LeaderRecord("agent-1", 1, 0, 300)))
-            await asyncio.sleep(0.02)
-
-    leading = asyncio.create_task(lead())
-    try:
+    with monkeypatch.context() as led_by_another:
+        led_by_another.setattr(alone, "_leader", look_before_it_is_renewed)
         with pytest.raises(Misconfigured, match="agent-1 leads: stop them all"):
             await ensure_stored(store, [SETTING, smaller])
-    finally:
-        ended.set()
-        await leading  # to its end: a renewal that was cancelled may yet take effect
+    assert await found(store, SETTINGS, "pool:amfid") == UES
     await ensure_stored(store, [SETTING, smaller])
     assert await found(store, SETTINGS, "pool:amfid") == smaller
 

@@ -137,10 +137,14 @@ class Stand:
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, url: str, name: str, pools: dict[str, str] | None = None, **options: Any
+        cls,
+        url: str,
+        name: str,
+        pools: dict[str, str] | None = None,
+        timeout: float = PATIENCE_SECONDS,
     ) -> AsyncIterator[Self]:
         client: AsyncIOMotorClient[Document] = AsyncIOMotorClient(url)
-        async with MongoStore(url, name, pools or dict.fromkeys(POOLS, name), **options) as store:
+        async with MongoStore(url, name, pools or dict.fromkeys(POOLS, name), timeout=timeout) as store:
             yield cls(url, name, client, store)
         client.close()
 
