@@ -357,7 +357,7 @@ class Session:
                     await self._wake.wait()
 
     async def _renew(self, life: Life) -> None:
-        if life.ended:  # since this task was begun: nothing is sent after the close
+        if self.closing:  # since this task was begun: the close is the last that is sent
             return
         held = {name: member.held() for name, member in self.members.items()}
         use = {name: member.use() for name, member in self.members.items()}

@@ -326,7 +326,7 @@ ABLATIONS: tuple[Ablation, ...] = (
     ),
     Ablation("a leader speaks without a lead", "R2", LEADERS, ((Lead, "check", _no_check),), hint=0),
     Ablation(
-        "no grace after a change of leader", "R6", LEADERS, ((Leader, "_full_leases", _no_grace),), hint=3
+        "no grace after a change of leader", "R6", LEADERS, ((Leader, "_full_leases", _no_grace),), hint=10
     ),
     Ablation(
         "a death is written whatever the term",
@@ -335,7 +335,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         ((writes, "end_session", _death_without_term),),
         hint=101,
     ),
-    Ablation("no stamp before answering", "R5", LATE_DEATHS, ((Leader, "_stamp", _no_stamp),), hint=15),
+    Ablation("no stamp before answering", "R5", LATE_DEATHS, ((Leader, "_stamp", _no_stamp),), hint=4),
     Ablation(
         "answers before the table has passed the stamp",
         "R6",
