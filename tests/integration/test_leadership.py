@@ -15,6 +15,7 @@ from pymongo import ReturnDocument
 from structlog.testing import capture_logs
 
 from drsm_agent import reaper, relay
+from drsm_agent.campaign import Campaign
 from drsm_agent.embedded import Scratch, Stack, start_nats_server
 from drsm_agent.errors import Misconfigured, leaf
 from drsm_agent.leader import Leader
@@ -184,8 +185,9 @@ async def test_a_quiet_pools_consumers_follow_a_leader_whose_table_is_older_than
 
         async def led_by(agent: Agent, other: Agent) -> None:
             """The other one stands back, whatever becomes of the lead."""
-            monkeypatch.setattr(agent.leader, "_try_to_win", partial(Leader._try_to_win, agent.leader))
-            monkeypatch.setattr(other.leader, "_try_to_win", lose)
+            campaign = agent.leader._campaign
+            monkeypatch.setattr(campaign, "_try_to_win", partial(Campaign._try_to_win, campaign))
+            monkeypatch.setattr(other.leader._campaign, "_try_to_win", lose)
             usurper = {"$set": {"holder": "", "counter": 0}, "$inc": {"term": 1}}
             await records.update_one({"_id": "leader"}, usurper)
             await eventually(lambda: not other.leader.leading.is_set() and agent.leader.leading.is_set())
