@@ -16,6 +16,7 @@ from drsm_sdk.testing.bus import Bus, MemoryTransport
 from drsm_sdk.transport import Message
 from drsm_sdk.wire.messages import ERROR_CODE_HEADER, Empty
 from drsm_sdk.wire.subjects import Subjects
+from tests.sdk.fake_agent import eventually
 
 POD = Pod("amf-1", "10.0.0.1", "i")
 
@@ -86,7 +87,7 @@ async def test_a_killed_pod_does_not_come_back_with_its_successors_connection() 
             domain.mend("amf-1")
             await successor.join("amfid")
             assert not dead._transport.connected
-            assert successor.state == "live"
+            await eventually(lambda: successor.state == "live")
 
 
 @pytest.mark.parametrize("subject", ["drsm.evt.amfid.sync", "Drsm.Evt.amfid.sync", "DRSM.rpc.pools"])

@@ -22,6 +22,8 @@ SMALL = Definition(name=POOL, bits=12, block_bits=4, slots=10)
 AMF_1 = Pod("amf-1", "10.0.0.1", "i")
 RENEWALS = 40
 """More than pass between two questions of a pod that asks again and again at first."""
+QUESTIONS = 2
+"""So often a pod asks that has one reason to: a renewal that is answered meanwhile is another reason."""
 
 
 class Stubborn(MemoryTransport):
@@ -153,6 +155,7 @@ async def test_a_pool_taken_off_the_list_is_joined_again_once_a_leader_and_delay
     """Who holds chunks of it differs from the agent for ever: asking again and again, ever more seldom, it
     would hear late of what differs in another pool. The next leader may have it on its list again, but a
     restored database does not know that this pod takes part."""
+    monkeypatch.setattr("drsm_sdk.session.RECONCILE_FIRST", 0.01)
     async with Domain(SMALL, "gone", renew=0.02) as domain, domain.drsm(AMF_1) as drsm:
         pool, gone = [await drsm.join(name) for name in (POOL, "gone")]
         await eventually(lambda: gone.stats.free >= gone.stats.wanted)
@@ -169,12 +172,13 @@ async def test_a_pool_taken_off_the_list_is_joined_again_once_a_leader_and_delay
         await eventually(lambda: said[Failure] > 0)
         renewed = said[Renewed]
         await eventually(lambda: said[Renewed] > renewed + RENEWALS)
-        assert said[SessionChunks] == 1
+        asked = said[SessionChunks]
+        assert asked <= QUESTIONS
         n = max(agent.tables[POOL].rows) + 1
         agent.tables[POOL].rows[n] = Row(session.owner, "0" * 16)
         agent.tables[POOL].version += 1
         await eventually(lambda: n in [chunk for chunk, *_ in pool.holdings()])
-        assert said[SessionChunks] == 2
+        assert said[SessionChunks] <= asked + QUESTIONS
         agent.tables["gone"] = table
         agent.lead()
         await eventually(lambda: "gone" in session.pools)
