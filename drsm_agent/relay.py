@@ -180,11 +180,14 @@ class Relay:
         save_at = loop.time() + POSITION_INTERVAL
         reached, idle_at = 0, loop.time() + IDLE_INTERVAL
         while True:
-            await self.publish_log()
+            # What the table says now holds when these are published; while changes never cease, more come.
+            entries = list(self._state.log)
             # Until the table has passed this leader's stamp, it may lack what the last one has told of.
             stamped = self._shows_touch(1)
-            if stamped and loop.time() >= sync_at:
-                await self._delivered(self._send_syncs)
+            syncs = self._syncs() if stamped and loop.time() >= sync_at else []
+            await self._publish(entries)
+            if syncs:
+                await self._delivered(partial(self._send_syncs, syncs))
                 sync_at = loop.time() + SYNC_INTERVAL
             if loop.time() >= save_at:
                 await self._save_position()
@@ -201,16 +204,22 @@ class Relay:
                 continue
 
     async def publish_log(self, above: dict[str, Version] | None = None) -> None:
-        """Publish everything logged so far; of each pool only what is above a version, if given."""
+        """Publish everything logged so far, and meanwhile; of each pool only what is above a version, if
+        given."""
         while entries := list(self._state.log):
-            events = [event for entry in entries for event in entry.events]
-            if above is not None:
-                events = [event for event in events if event.version > above[event.pool]]
-            if events:
-                merged = ev.coalesce(events, most=self._most)
-                await self._delivered(partial(self._send_events, merged))
-            self._settle(entries)
-            self._feed.shorten(self._state, entries[-1].index)
+            await self._publish(entries, above)
+
+    async def _publish(self, entries: Sequence[Entry], above: dict[str, Version] | None = None) -> None:
+        if not entries:
+            return
+        events = [event for entry in entries for event in entry.events]
+        if above is not None:
+            events = [event for event in events if event.version > above[event.pool]]
+        if events:
+            merged = ev.coalesce(events, most=self._most)
+            await self._delivered(partial(self._send_events, merged))
+        self._settle(entries)
+        self._feed.shorten(self._state, entries[-1].index)
 
     async def send_resets(self, reason: str) -> None:
         """A new history begins: every consumer takes a snapshot."""
@@ -225,15 +234,24 @@ class Relay:
             body = event_body(event, self._definitions[event.pool].prefixes(event.chunks))
             await self._send(event.pool, body, (event.version, event.prev), event.token)
 
-    async def _send_syncs(self) -> None:
-        for pool in self._state.table.pools.values():
-            body = messages.Sync(
-                pods=len(pool.live),
-                chunks=len(pool.chunks),
-                checksum=pool.checksum,
-                revision=self._definitions[pool.name].revision,
+    def _syncs(self) -> list[tuple[str, messages.Sync, Version]]:
+        return [
+            (
+                pool.name,
+                messages.Sync(
+                    pods=len(pool.live),
+                    chunks=len(pool.chunks),
+                    checksum=pool.checksum,
+                    revision=self._definitions[pool.name].revision,
+                ),
+                pool.version,
             )
-            await self._send(pool.name, body, (pool.version, pool.version))
+            for pool in self._state.table.pools.values()
+        ]
+
+    async def _send_syncs(self, syncs: Sequence[tuple[str, messages.Sync, Version]]) -> None:
+        for pool, sync, version in syncs:
+            await self._send(pool, sync, (version, version))
 
     async def _send(
         self, pool: str, body: EventBody, versions: tuple[Version, Version], token: str = ""

@@ -407,7 +407,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         ((Relay, "publish_log", _taken_for_published),),
         hint=8,
     ),
-    Ablation("answers before the event is out", "G4", RESTLESS, ((Relay, "caught_up", _at_once),), hint=2),
+    Ablation("answers before the event is out", "G4", RESTLESS, ((Relay, "caught_up", _at_once),), hint=4),
     Ablation(
         "a number that was given back is not granted again",
         "G3",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from drsm_agent.core import writes
+from drsm_agent.core.documents import Owner
 from drsm_agent.core.election import Election
 from drsm_agent.core.writes import Outcome
 from drsm_agent.errors import StoreUnavailable
@@ -17,18 +18,23 @@ from drsm_agent.feed import Feed
 from drsm_agent.lead import Lead
 from drsm_agent.metrics import Metrics
 from drsm_agent.ports import Batch
-from drsm_agent.relay import Relay
+from drsm_agent.relay import SYNC_INTERVAL, Relay
 from drsm_agent.store.memory import MemoryStore
 from drsm_agent.store.stored import ensure_singletons
 from drsm_sdk.wire.definition import Definition
 from drsm_sdk.wire.subjects import Subjects
 from tests.simulation.loop import Node, VirtualLoop, run
-from tests.simulation.network import AgentBus, Network, Packet, Weather
+from tests.simulation.network import CALM_DELAY, AgentBus, Network, Packet, Weather
 from tests.simulation.world import AgentChance
 
 FORMER, TERM = 1, 2
 SOON = 0.05
 """Virtual seconds in which everything happens that can."""
+ALL = 1_000_000
+BUSY = CALM_DELAY
+"""Virtual seconds from one change to the next; until the server has confirmed an event, two come."""
+CHANGES = 2500
+OWNER = Owner("amf-1", "10.0.0.1", "i", 1)
 
 
 class HeldBack(MemoryStore):
@@ -167,5 +173,23 @@ def test_every_unknown_outcome_is_read_back_however_many_read_at_once() -> None:
             before = stage.store.written
             await stage.relay.read_back()
             assert stage.store.written == before
+
+    run(live())
+
+
+def test_syncs_go_out_and_the_position_is_saved_however_fast_changes_come() -> None:
+    """There is always one that is not published yet. Else every demux would doubt its table just when it
+    changes most, and a standby keep all of it."""
+
+    async def live() -> None:
+        async with leading() as stage:
+            stage.store.shown = ALL
+            await stage.relay.barrier()
+            stage.heard.clear()
+            for n in range(CHANGES):
+                await stage.store.write([writes.allocate("amfid", n, OWNER, f"{n:016x}", "r")])
+                await asyncio.sleep(BUSY)
+            assert stage.heard.count("drsm.evt.amfid.sync") >= CHANGES * BUSY // SYNC_INTERVAL
+            assert await stage.store.read(writes.POSITION) != [writes.first_position().document]
 
     run(live())
