@@ -143,9 +143,8 @@ async def rolling_update(w: World) -> None:
         lives = len(agent.exits)
         w.record.bursts += 1
         agent.process._signal(signal.SIGTERM)
-        async with asyncio.timeout(20):
-            while len(agent.exits) == lives or await agent.ready():
-                await asyncio.sleep(0.05)
+        while len(agent.exits) == lives or await agent.ready():
+            await asyncio.sleep(0.05)
 
 
 # --- partitions -----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tests.fault.faults import FAULTS
@@ -15,11 +15,11 @@ from tests.fault.world import World, world
 EVERY_SECONDS = 20.0
 
 
-async def soak(w: World, *, seconds: float, every: float, seed: int) -> list[str]:
-    """Break `w` at random until `seconds` have passed; what was wrong. The same seed, the same faults."""
+async def soak(w: World, turns: Iterable[object], *, every: float, seed: int) -> list[str]:
+    """Break `w` at random at each turn; what was wrong. The same seed, the same faults."""
     chance, wrong = random.Random(seed), []
-    over = time.monotonic() + seconds
-    while (began := time.monotonic()) < over:
+    for _ in turns:
+        began = time.monotonic()
         name = chance.choice(list(FAULTS))
         try:
             row = await w.strike(name, FAULTS[name])
@@ -32,10 +32,17 @@ async def soak(w: World, *, seconds: float, every: float, seed: int) -> list[str
     return wrong
 
 
+def lasting(seconds: float) -> Iterator[None]:
+    """Turns until so many seconds have passed."""
+    over = time.monotonic() + seconds
+    while time.monotonic() < over:
+        yield
+
+
 async def _run(arguments: argparse.Namespace) -> int:
     async with world() as w:
-        seconds = arguments.minutes * 60
-        wrong = await soak(w, seconds=seconds, every=EVERY_SECONDS, seed=arguments.seed)
+        turns = lasting(arguments.minutes * 60)
+        wrong = await soak(w, turns, every=EVERY_SECONDS, seed=arguments.seed)
         sys.stdout.write(f"{w.table_of_faults()}\n{w.record.issued} ids, {len(wrong)} faults were felt\n")
         if arguments.json:
             w.report(arguments.json)

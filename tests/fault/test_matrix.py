@@ -5,9 +5,12 @@ import os
 import pytest
 
 from tests.fault.faults import FAULTS
-from tests.fault.world import World
+from tests.fault.world import TEST_SECONDS, World
 
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+pytestmark = [
+    pytest.mark.timeout(TEST_SECONDS),
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+]
 """nats-py forgets the connection on which a paused server did not greet it; the collector closes it."""
 
 

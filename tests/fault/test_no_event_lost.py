@@ -16,11 +16,14 @@ import pytest
 
 from drsm_sdk.wire import messages as m
 from drsm_sdk.wire.messages import Version
-from tests.fault.faults import FAULTS, SHORT
-from tests.fault.world import DATABASE, POOLS, PREFIX, World
+from tests.fault.faults import FAULTS
+from tests.fault.world import DATABASE, POOLS, PREFIX, TEST_SECONDS, World
 from tests.harness import Requester, requester
 
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+pytestmark = [
+    pytest.mark.timeout(TEST_SECONDS),
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+]
 """nats-py forgets the connection on which a paused server did not greet it; the collector closes it."""
 
 Key = tuple[str, int] | None
@@ -128,9 +131,8 @@ async def test_consumers_hear_every_transition_over_a_change_of_leader(broken: W
     before: dict[str, int] = {}
 
     async def strike(w: World) -> None:
-        none = told.transitions()
-        await asyncio.sleep(SHORT)  # transitions before the fault, with a position saved among them
-        await told.until_more(none)
+        await told.until_more(told.transitions())
+        await w.position_saved()  # after both agents had a table: the next leader need not begin anew
         before.update(told.transitions())
         await FAULTS[name].strike(w)
 

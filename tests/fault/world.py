@@ -18,6 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 import nats
+import pymongo
 from nats.errors import Error as NatsError
 from pymongo import AsyncMongoClient
 from pymongo.errors import PyMongoError
@@ -38,11 +39,13 @@ PODS = 20
 CUTTABLE = 2
 """Pods that reach NATS by links. Two, as more at once would be spared once (rule R7)."""
 AGENTS = ("agent-a", "agent-b")
-HEALED_SECONDS = 20.0
+HEALED_SECONDS = 30.0
 """Bound for everything to be whole again after a fault: a driver's time-out (5 s), an election (2 s), an
 agent's start (3 s), its wait for the lead (2 T), a demux's six seconds until it asks, and a busy machine."""
 FAULT_SECONDS = 60.0
 """Bound for a fault itself: the longest one, a rolling update, waits for two agents."""
+TEST_SECONDS = FAULT_SECONDS + 6 * HEALED_SECONDS
+"""Bound for one fault and all that is waited for before and after it, so that a test says what is missing."""
 RESTART_SECONDS = 0.5
 """Kubernetes begins with 10 s; a crash loop shows at any pace."""
 GROWTH, GROWTH_MIB = 1.3, 10.0
@@ -51,8 +54,10 @@ RUN_GROWTH_MIB = 20.0
 """How much larger at the end of a run than after its first fault, and than the same process at its start:
 ten for the lead and the busiest rows, and less than half a MiB for each of some thirty faults."""
 ASK_SECONDS = 1.0
-REST_SECONDS = 10.0
-"""Bound for the last request of a client that is to rest: opening a session may take 5 s."""
+LOOK_SECONDS = 2.0
+"""Bound for one look at MongoDB, which is looked at again; what is asked once waits for the world to heal."""
+REST_SECONDS = HEALED_SECONDS
+"""Bound for the last request of a client that is to rest, and for giving back what it was granted."""
 DATABASE, PREFIX = "sdcore", "drsm"
 UES, SESSIONS = "ueip", "sessions"
 POOLS = (POOL, UES, SESSIONS)
@@ -173,13 +178,14 @@ class AgentSlot:
 
 
 class Churn:
-    """A bare client that asks for fresh chunks and gives them back, all the time. The one that asks for a
-    single chunk every 0.1 s is the measure of an outage."""
+    """A bare client that asks for fresh chunks and gives them back, all the time; what was not answered it
+    asks again, or chunks whose grant it has not heard of would be missing in the pool. The one that asks for
+    a single chunk every 0.1 s is the measure of an outage."""
 
     def __init__(self, asking: Requester, name: str, pool: str = POOL, count: int = 1) -> None:
         self._asking, self._name, self._pool, self._count = asking, name, pool, count
         self.successes: list[tuple[float, float]] = []
-        """When it was asked for, and when it was granted."""
+        """When it was first asked for, and when it was granted."""
         self.resting = asyncio.Event()
         self.going = asyncio.Event()
         self.going.set()
@@ -188,6 +194,8 @@ class Churn:
         self.ended = False
         """For whoever cancels it: nats-py's requests can swallow a cancellation on Python 3.11."""
         self._incarnation = 0
+        self._request_id, self._sent = "", 0.0
+        self._granted: tuple[tuple[int, str], ...] = ()
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -195,7 +203,7 @@ class Churn:
             tasks.create_task(self._churn())
 
     async def rest(self) -> None:
-        """Returns when it asks for nothing, until it is told to go on."""
+        """Returns when it has nothing and waits for no answer, until it is told to go on."""
         self.going.clear()
         async with asyncio.timeout(REST_SECONDS):
             await self.resting.wait()
@@ -223,35 +231,52 @@ class Churn:
             await asyncio.sleep(0.5)
 
     async def _churn(self) -> None:
-        asking, subjects = self._asking, self._asking.subjects
         while not self.ended:
-            if not self.going.is_set():
+            if not (self._granted or self._request_id or self.going.is_set()):
                 self.resting.set()
                 await self.going.wait()
                 self.resting.clear()
-            sent = time.monotonic()
             try:
                 if not self._incarnation:
-                    opened = await asking.open(self._name, request_id=uuid4().hex, pools=(self._pool,))
-                    self._incarnation = opened.incarnation
-                    self.reopened += 1
-                who = self._name, self._incarnation
-                request = m.Acquire(*who, self._count, uuid4().hex)
-                granted = await asking.ask(
-                    subjects.pool(self._pool, "acquire"), request, m.Acquired, timeout=ASK_SECONDS
-                )
-                self.successes.append((sent, time.monotonic()))
-                release = m.ChunkList(*who, granted.chunks)
-                await asking.ask(
-                    subjects.pool(self._pool, "release"), release, m.Released, timeout=ASK_SECONDS
-                )
+                    await self._open()
+                if not self._granted:
+                    await self._acquire()
+                await self._release()
             except Failed as failed:
                 self.trouble = str(failed)
                 if failed.failure.error == "session_lost":
-                    self._incarnation = 0
+                    self._incarnation, self._granted = 0, ()
+                if not failed.failure.retry:
+                    self._request_id = ""
             except Exception as error:  # whatever a broken connection raises
                 self.trouble = repr(error)
             await asyncio.sleep(0.1)
+
+    async def _open(self) -> None:
+        opened = await self._asking.open(
+            self._name, request_id=self._repeated(), pools=(self._pool,), timeout=ASK_SECONDS
+        )
+        self._incarnation, self._request_id = opened.incarnation, ""
+        self.reopened += 1
+
+    async def _acquire(self) -> None:
+        request = m.Acquire(self._name, self._incarnation, self._count, self._repeated())
+        subject = self._asking.subjects.pool(self._pool, "acquire")
+        granted = await self._asking.ask(subject, request, m.Acquired, timeout=ASK_SECONDS)
+        self._granted, self._request_id = granted.chunks, ""
+        self.successes.append((self._sent, time.monotonic()))
+
+    async def _release(self) -> None:
+        request = m.ChunkList(self._name, self._incarnation, self._granted)
+        subject = self._asking.subjects.pool(self._pool, "release")
+        await self._asking.ask(subject, request, m.Released, timeout=ASK_SECONDS)
+        self._granted = ()
+
+    def _repeated(self) -> str:
+        """The id of the request that was not answered, or of a new one."""
+        if not self._request_id:
+            self._request_id, self._sent = uuid4().hex, time.monotonic()
+        return self._request_id
 
 
 class World:
@@ -275,7 +300,9 @@ class World:
         self.nats = await start_cluster(self.scratch)
         direct = [server.url for server in self.nats]
         self.client = await self._stack.enter_async_context(
-            AsyncMongoClient[dict[str, Any]](self.mongo.url, timeoutMS=2000, heartbeatFrequencyMS=1000)
+            AsyncMongoClient[dict[str, Any]](
+                self.mongo.url, timeoutMS=HEALED_SECONDS * 1000, heartbeatFrequencyMS=1000
+            )
         )
         for name in AGENTS:
             mongo = [await self._link(member.address) for member in self.mongo.members]
@@ -399,6 +426,14 @@ class World:
         record = await self.client[DATABASE]["drsm_leader"].find_one({"_id": "leader"})
         return int(record["term"]) if record else 0
 
+    async def position_saved(self) -> None:
+        """Returns when the position that is saved is younger than this call."""
+        now = (await self.client.admin.command("hello"))["operationTime"]
+        saved: dict[str, Any] = {}
+        while int(saved.get("at", 0)) <= now.time << 32 | now.inc:
+            saved = await self.client[DATABASE]["drsm_position"].find_one() or {}
+            await asyncio.sleep(0.05)
+
     async def primary(self) -> Mongod:
         return await self.mongo.await_primary()
 
@@ -506,7 +541,8 @@ class World:
     async def _demuxes_equal(self) -> str:
         await self.rest()
         try:
-            tables = {pool: await self.table(pool) for pool in POOLS}
+            with pymongo.timeout(LOOK_SECONDS):
+                tables = {pool: await self.table(pool) for pool in POOLS}
         except PyMongoError as error:
             return f"MongoDB: {error}"
         for demux in self.demuxes:
@@ -529,7 +565,8 @@ class World:
             missing.append(f"{self.record.waiting} pods wait for an id")
         missing += [f"demux stale for {demux.staleness:.1f} s" for demux in self.demuxes if not demux.synced]
         try:
-            states = (await self.client.admin.command("replSetGetStatus"))["members"]
+            with pymongo.timeout(LOOK_SECONDS):
+                states = (await self.client.admin.command("replSetGetStatus"))["members"]
             missing += [f"member {s['name']} is {s['stateStr']}" for s in states if s["state"] not in {1, 2}]
         except PyMongoError as error:
             missing.append(f"MongoDB: {error}")
