@@ -3,6 +3,7 @@
 import asyncio
 import random
 import socket
+from collections import deque
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
@@ -18,6 +19,9 @@ POLL_SECONDS = 0.02
 # server is down, no client's connection can take its port.
 FREE_PORTS = range(20_000, 32_000)
 PORT_ATTEMPTS = 10
+PORTS_REMEMBERED = len(FREE_PORTS) // 4
+"""So many others are given before a port is given again: whoever has it may listen only later."""
+_given: deque[int] = deque(maxlen=PORTS_REMEMBERED)
 
 
 class Server(Process):
@@ -92,11 +96,15 @@ async def together(*starts: Coroutine[Any, Any, None]) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on just now; only listening on it makes sure."""
+    """A port that nobody listens on just now, and nobody else here was given lately; only listening on it
+    makes sure."""
     for port in random.sample(FREE_PORTS, 100):
+        if port in _given:
+            continue
         with socket.socket() as probe, suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
+            _given.append(port)
             return port
     raise ServerFailed(
         f"100 ports between {FREE_PORTS.start} and {FREE_PORTS.stop} were tried: all are in use"

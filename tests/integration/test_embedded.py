@@ -295,6 +295,12 @@ async def test_a_given_port_that_is_in_use_is_refused(temporary: Path) -> None:
             await start_standalone(scratch, port=taken)
 
 
+def test_a_port_that_is_not_listened_on_yet_is_given_to_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links, agents and clusters get theirs some time before they listen."""
+    monkeypatch.setattr("drsm_agent.embedded.server.random.sample", lambda ports, count: list(ports[:count]))
+    assert server.free_port() != server.free_port()
+
+
 async def test_a_chosen_port_that_is_lost_to_somebody_else_is_chosen_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
