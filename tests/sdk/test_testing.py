@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from drsm_sdk import AgentUnavailable, BadRequest, Demux, Drsm, Pod, Pool, SessionLost, changes
+from drsm_sdk import AgentUnavailable, BadRequest, Demux, Drsm, Pod, Pool, SessionLost, changes, demand
 from drsm_sdk.testing import Definition, Domain, MemoryTransport
 from drsm_sdk.testing.agent import Agent
 from drsm_sdk.testing.bus import PAYLOAD_MAX, Bus, Reply, matches
@@ -322,7 +322,10 @@ async def test_code_that_connects_by_itself_gets_its_transport_from_the_domain()
             assert domain.owners(POOL)[0].state == "down"
 
 
-async def test_a_killed_pods_chunks_are_claimed_at_once_by_who_has_fewest() -> None:
+async def test_a_killed_pods_chunks_are_claimed_at_once_by_who_has_fewest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(demand.Rate, "sample", lambda self, now, total: None)  # no pace at which to want more
     async with Domain(SMALL) as domain, domain.drsm(AMF_1) as dying:
         async with domain.drsm(AMF_2) as two, domain.drsm(AMF_3) as three:
             pool = await two.join(POOL)
@@ -382,14 +385,15 @@ async def test_a_verdict_reaches_a_living_pod_at_once() -> None:
 
 
 async def test_a_superseded_pods_chunks_stay_until_its_lease_has_run_out() -> None:
-    async with Domain(SMALL, liveness=1.5, renew=0.05) as domain, domain.drsm(AMF_1) as older:
+    async with Domain(SMALL, liveness=60.0, renew=0.05) as domain, domain.drsm(AMF_1) as older:
         await older.join(POOL)
-        first = older.incarnation
+        first, (session,) = older.incarnation, domain._agent.alive("amf-1")
         domain.cut("amf-1")
         async with domain.drsm(AMF_1) as newer:
             await newer.join(POOL)
             owners = domain.owners(POOL)
             assert (owners[0].incarnation, owners[0].state) == (first, "down")
+            session.until = asyncio.get_running_loop().time()
             await eventually(lambda: domain.owners(POOL)[0].incarnation == newer.incarnation)
 
 
