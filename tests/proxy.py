@@ -57,7 +57,7 @@ class Proxy:
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks)
+        await asyncio.gather(*self._tasks, return_exceptions=True)  # cancelled: that is what was asked for
 
 
 @asynccontextmanager
