@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")]
 TEST = re.compile(r"`(tests/[\w/]+\.py)?::(test_\w+)`")
 CODE = re.compile(r"`([\w/]+\.py) ([\w.]+)`")
+METHOD = re.compile(r"`([A-Z]\w+)\.([a-z_]\w*)")
 CONSTANT = re.compile(r"`(\w+)\.([A-Z][A-Z_]+)`(?:, `([A-Z][A-Z_]+)`)?")
 PACKAGES = ["drsm_agent", "drsm_agent/core", "drsm_agent/store", "drsm_sdk"]
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(#[^)\s]*)?\)")
@@ -63,6 +64,22 @@ def test_every_piece_of_code_that_a_page_names_is_there(page: Path) -> None:
         if not any(
             re.search(rf"\b(def|class) {name.rpartition('.')[2]}\b", source.read_text())
             for source in _sources(file)
+        )
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_method_that_a_page_names_is_there(page: Path) -> None:
+    """`Class.method`, or what it sets in itself; a class may be anywhere."""
+    sources = [file.read_text() for file in ROOT.glob("drsm_*/**/*.py")]
+    missing = [
+        f"{kind}.{name}"
+        for kind, name in METHOD.findall(page.read_text())
+        if not any(
+            re.search(rf"^class {kind}\b", source, re.MULTILINE)
+            and re.search(rf"\bdef {name}\b|\bself\.{name}: ", source)
+            for source in sources
         )
     ]
     assert missing == []
