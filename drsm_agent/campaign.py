@@ -25,7 +25,7 @@ log = structlog.get_logger("drsm_agent.campaign")
 
 
 class Campaign:
-    """How one agent comes to lead. `led_at` is when anybody was last seen to."""
+    """How one agent comes to lead. `led_at` is when anybody was last seen to lead, this agent or another."""
 
     def __init__(self, parts: Parts, election: Election) -> None:
         self._parts, self._election = parts, election

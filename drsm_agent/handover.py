@@ -19,12 +19,13 @@ from drsm_agent.reign import Reign
 UNHEARD_SHARE = 0.75
 """Of `L`, without a word of any pod: nobody has been expired by then."""
 LOOKS_PER_LEASE = 6
+"""So often within `L` is it looked whether the lead is of any use."""
 
 log = structlog.get_logger("drsm_agent.handover")
 
 
 class HandOver:
-    """Ends a lead that another agent may hold to more use."""
+    """Ends a lead that is of no use, where another agent's may be of some."""
 
     def __init__(self, reign: Reign, probe: Probe, store: Store) -> None:
         self._lead, self._table, self._hearing = reign.lead, reign.table, reign.hearing
@@ -33,6 +34,7 @@ class HandOver:
         self._signs: int | None = None
         """How many signs standbys had given when the record was read last."""
         self._waited_at = self._read_at = float("-inf")
+        """When a standby was last seen to have given one; when the record was read last."""
 
     async def run(self) -> None:
         """Raises Unheard to hand over."""

@@ -1,4 +1,4 @@
-"""Gain, keep and lose the lead; whatever only a leader does lives inside the lead's scope.
+"""Keep and lose the lead, once `Campaign` has won it; whatever only a leader does lives inside its scope.
 
     campaign -> won -> log published -> stamp -> table has passed the stamp, and that was published
              -> probe answered -> every session a full lease -> serve ... until lost or given up

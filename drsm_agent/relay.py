@@ -180,7 +180,8 @@ class Relay:
         save_at = loop.time() + POSITION_INTERVAL
         reached, idle_at = 0, loop.time() + IDLE_INTERVAL
         while True:
-            # What the table says now holds when these are published; while changes never cease, more come.
+            # Syncs are of the table at this moment: just what consumers have once these entries are out.
+            # One pass a turn, as the log is never empty while changes never cease.
             entries = list(self._state.log)
             # Until the table has passed this leader's stamp, it may lack what the last one has told of.
             stamped = self._shows_touch(1)
@@ -235,6 +236,7 @@ class Relay:
             await self._send(event.pool, body, (event.version, event.prev), event.token)
 
     def _syncs(self) -> list[tuple[str, messages.Sync, Version]]:
+        """What the table says at this moment, of each pool and at which version."""
         return [
             (
                 pool.name,

@@ -1,7 +1,7 @@
 """From the verb of a request to its handler, and what only looks at the table.
 
-A handler gets the decoded message and returns the answer; `Endpoints` does the bytes. `Sessions` and
-`Allocations` have those that write.
+A handler gets the decoded message and returns the answer; `Endpoints` does the bytes. `Sessions` has those
+about sessions, `Allocations` those about chunks.
 """
 
 import asyncio

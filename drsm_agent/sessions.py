@@ -1,7 +1,8 @@
 """Requests about sessions: open, join, renew, report, chunks, close; and whether an asker's session lives.
 
-Each is one guarded write, or none. What is written comes back through the change stream, is published, and
-only then answered (G4). Requests of one moment share one bulk write (`Flight`).
+Whatever one of them writes is guarded, comes back through the change stream, is published, and only then
+answered (G4). Requests of one moment share one bulk write (`Flight`). The first request of a session besides
+makes it live, whatever it asks (`Sessions.living`).
 """
 
 import asyncio

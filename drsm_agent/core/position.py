@@ -10,8 +10,8 @@ from drsm_agent.core.table import Table
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A point between two clusterTimes: the stream resumes right after it. `at` is its last change's,
-    `versions` are the pools' last events."""
+    """A point between two clusterTimes: the stream resumes right after it. `at` is the clusterTime of the
+    last change before it, `versions` are those of the pools' last events."""
 
     token: str
     at: int
@@ -46,7 +46,7 @@ class Published:
 
 
 def read_published(documents: Collection[Document]) -> Published | None:
-    """None before any leader has published anything."""
+    """None before any leader has begun a history."""
     for document in documents:
         if document.get("history"):
             stored = document.get("versions", {})
