@@ -155,7 +155,10 @@ class Session:
     async def ask(
         self, life: Life, subject: str, request: Any, kind: type[M], timeout: float, *, pool: str = ""
     ) -> Answer[M]:
-        """A request in the name of `life`. Raises DrsmError; a verdict ends the life first."""
+        """A request in the name of `life`. Raises DrsmError; a verdict ends the life first. Of one that is
+        over nothing is asked."""
+        if life is not self.life:
+            raise SessionLost(self.lost_reason)
         asked = self.clock()
         try:
             answer = await self._rpc.call(subject, request, kind, timeout, pool=pool)
@@ -480,9 +483,11 @@ class Session:
                 await asyncio.sleep(self.chance.jitter(1.0))
 
     async def _report_all(self, life: Life, timeout: float) -> None:
-        """Raises Refused and DrsmError."""
+        """All of them, unless the life ends meanwhile. Raises Refused and DrsmError."""
         chunks = [(name, *chunk) for name, member in self.members.items() for chunk in member.holdings()]
         for i in range(0, max(len(chunks), 1), REPORT_CHUNKS_MAX):
+            if life.ended:
+                return
             request = wire.Report(
                 self.pod.name,
                 life.incarnation,

@@ -63,6 +63,21 @@ class Stubborn(MemoryTransport):
             super().deliver(message)
 
 
+class Leaving(Stubborn):
+    """Notes what is `sent`. What it held back is answered once the close was sent, and before that is."""
+
+    def __init__(self, domain: Domain) -> None:
+        super().__init__(domain)
+        self.sent: list[str] = []
+
+    async def request(self, subject: str, data: bytes, timeout: float) -> Message:
+        self.sent.append(subject.rpartition(".")[2])
+        if subject.endswith(".close"):
+            self.freed.set()
+            await eventually(lambda: self.held in self.answered)
+        return await super().request(subject, data, timeout)
+
+
 def supply_of(pool: Pool) -> Supply:
     assert pool._supply is not None
     return pool._supply
@@ -224,6 +239,31 @@ async def test_definitions_that_one_answer_has_no_room_for_are_joined_one_by_one
         for pool in pools:
             assert pool.valid(await pool.allocate(timeout=10.0))
         assert asked == [2, 0]
+
+
+@pytest.mark.parametrize("verb", ["join", "report"])
+async def test_a_pod_that_leaves_in_the_middle_of_several_requests_sends_none_after_its_close(
+    monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """Pools to join again, one by one, and chunks to report, page by page."""
+    monkeypatch.setattr("drsm_sdk.session.REPORT_CHUNKS_MAX", 1)
+    async with Domain(SMALL, "more", "most") as domain:
+        transport = Leaving(domain)
+        async with Drsm.connect("memory", AMF_1, transport=transport) as drsm:
+            for name in (POOL, "more", "most"):
+                await drsm.join(name)
+            life = drsm._session.life
+            assert life is not None
+            transport.answered.clear()
+            transport.held = verb
+            if verb == "join":
+                life.missing = {POOL, "more", "most"}
+                drsm._session.tasks.start(drsm._session._join_missing(life), "rejoin")
+            else:
+                life.reported.set()
+            async with asyncio.timeout(10):
+                await transport.asked.wait()
+        assert transport.sent[-1] == "close"
 
 
 async def test_what_the_agent_sees_in_a_pool_that_is_still_being_joined_is_not_asked_for(
