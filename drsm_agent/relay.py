@@ -205,10 +205,9 @@ class Relay:
                 continue
 
     async def publish_log(self, above: dict[str, Version] | None = None) -> None:
-        """Publish everything logged so far, and meanwhile; of each pool only what is above a version, if
-        given."""
-        while entries := list(self._state.log):
-            await self._publish(entries, above)
+        """Publish everything logged so far; of each pool only what is above a version, if given. What comes
+        meanwhile `run` publishes: Go pods write also while nobody leads, perhaps without end."""
+        await self._publish(list(self._state.log), above)
 
     async def _publish(self, entries: Sequence[Entry], above: dict[str, Version] | None = None) -> None:
         if not entries:

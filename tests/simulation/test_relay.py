@@ -75,8 +75,9 @@ class Stage:
 
 
 @asynccontextmanager
-async def leading() -> AsyncIterator[Stage]:
-    """A relay that publishes for the leader of TERM; nothing of what is written from now on is shown yet."""
+async def leading(*, publishing: bool = True) -> AsyncIterator[Stage]:
+    """A relay that publishes for the leader of TERM, or is about to; nothing of what is written from now on
+    is shown yet."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
     chance, node, heard = AgentChance(random.Random(1)), Node(loop, "agent"), list[str]()
@@ -105,17 +106,25 @@ async def leading() -> AsyncIterator[Stage]:
             definitions={"amfid": Definition(name="amfid")},
             history="h",
         )
-        publishing = tasks.create_task(relay.run())
+        running = [following]
+        if publishing:
+            running.append(tasks.create_task(relay.run()))
         await asyncio.sleep(SOON)
         store.written = 0
         yield Stage(store, relay, heard)
-        publishing.cancel()
-        following.cancel()
+        for task in running:
+            task.cancel()
     await node.bury()
 
 
 def _note(heard: list[str], packet: Packet) -> None:
     heard.append(packet.subject)
+
+
+async def _keep_changing(store: HeldBack) -> None:
+    for n in range(CHANGES):
+        await store.write([writes.allocate("amfid", n, OWNER, f"{n:016x}", "r")])
+        await asyncio.sleep(BUSY)
 
 
 async def _done_soon(task: "asyncio.Future[Any]") -> bool:
@@ -186,10 +195,25 @@ def test_syncs_go_out_and_the_position_is_saved_however_fast_changes_come() -> N
             stage.store.shown = ALL
             await stage.relay.barrier()
             stage.heard.clear()
-            for n in range(CHANGES):
-                await stage.store.write([writes.allocate("amfid", n, OWNER, f"{n:016x}", "r")])
-                await asyncio.sleep(BUSY)
+            await _keep_changing(stage.store)
             assert stage.heard.count("drsm.evt.amfid.sync") >= CHANGES * BUSY // SYNC_INTERVAL
             assert await stage.store.read(writes.POSITION) != [writes.first_position().document]
+
+    run(live())
+
+
+def test_a_leader_takes_up_the_history_however_fast_changes_come() -> None:
+    """Go pods write also while nobody leads; what they write meanwhile is published later."""
+
+    async def live() -> None:
+        async with leading(publishing=False) as stage:
+            stage.store.shown = ALL
+            changing = asyncio.ensure_future(_keep_changing(stage.store))
+            await asyncio.sleep(SOON)
+            published = asyncio.ensure_future(stage.relay.publish_log())
+            assert await _done_soon(published)
+            assert "drsm.evt.amfid.chunk.allocated" in stage.heard
+            assert not changing.done()
+            changing.cancel()
 
     run(live())
