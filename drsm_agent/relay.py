@@ -183,7 +183,8 @@ class Relay:
             # Syncs are of the table at this moment: just what consumers have once these entries are out.
             # One pass a turn, as the log is never empty while changes never cease.
             entries = list(self._state.log)
-            # Until the table has passed this leader's stamp, it may lack what the last one has told of.
+            # Until the table has passed this leader's stamp, it may lack what the last one has told of: syncs
+            # would contradict that one's, and the saved position go back.
             stamped = self._shows_touch(1)
             syncs = self._syncs() if stamped and loop.time() >= sync_at else []
             await self._publish(entries)
@@ -191,7 +192,8 @@ class Relay:
                 await self._delivered(partial(self._send_syncs, syncs))
                 sync_at = loop.time() + SYNC_INTERVAL
             if loop.time() >= save_at:
-                await self._save_position()
+                if stamped:
+                    await self._save_position()
                 save_at = loop.time() + POSITION_INTERVAL
             if (at := self._position.at if self._position else 0) != reached:
                 reached, idle_at = at, loop.time() + IDLE_INTERVAL

@@ -18,7 +18,7 @@ from drsm_agent.feed import Feed
 from drsm_agent.lead import Lead
 from drsm_agent.metrics import Metrics
 from drsm_agent.ports import Batch
-from drsm_agent.relay import SYNC_INTERVAL, Relay
+from drsm_agent.relay import POSITION_INTERVAL, SYNC_INTERVAL, Relay
 from drsm_agent.store.memory import MemoryStore
 from drsm_agent.store.stored import ensure_singletons
 from drsm_sdk.wire.definition import Definition
@@ -162,6 +162,26 @@ def test_syncs_wait_until_the_table_has_passed_the_leaders_own_stamp() -> None:
             stage.store.shown = 1
             assert await _done_soon(barrier)
             assert "drsm.evt.amfid.sync" in stage.heard
+
+    run(live())
+
+
+def test_the_saved_position_does_not_go_back_to_what_a_late_table_shows() -> None:
+    """What is published again meanwhile lies before the last leader's position. If this one ends there, a
+    third agent, whose table has begun in between, could not go on from it."""
+
+    async def live() -> None:
+        async with leading() as stage:
+            for n in range(2):
+                await stage.store.write([writes.allocate("amfid", n, OWNER, f"{n:016x}", "r")])
+            stage.store.shown = 2
+            await asyncio.sleep(3 * POSITION_INTERVAL)
+            assert "drsm.evt.amfid.chunk.allocated" in stage.heard
+            assert await stage.store.read(writes.POSITION) == [writes.first_position().document]
+            stage.store.shown = ALL
+            await stage.relay.barrier()
+            await asyncio.sleep(2 * POSITION_INTERVAL)
+            assert await stage.store.read(writes.POSITION) != [writes.first_position().document]
 
     run(live())
 
