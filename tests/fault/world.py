@@ -291,6 +291,7 @@ class World:
         self._churns: list[Churn] = []
         self.pod_links: list[Link] = []
         self._transports: dict[str, NatsTransport] = {}
+        self._drsm: dict[str, Drsm] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._born_mib: dict[int, float] = {}
         """What each agent's process took when it was first looked at."""
@@ -342,7 +343,7 @@ class World:
         pod = Pod(name, f"10.0.0.{seed + 1}", "nf")
         transport = self._transports[name] = NatsTransport(urls)
         connected = Drsm.connect(urls, pod, prefix=PREFIX, timeout=20, transport=transport)
-        drsm = await self._stack.enter_async_context(connected)
+        drsm = self._drsm[name] = await self._stack.enter_async_context(connected)
         used = USED_BY[seed % len(USED_BY)]
         pool = await drsm.join(used, in_use=self.record.scan_of(used))
         self._run(LoadedPod(drsm, pool, self.record, seed).run())
@@ -563,6 +564,9 @@ class World:
             missing.append(f"no chunk for a second, last trouble: {self.churn.trouble}")
         if self.record.waiting:
             missing.append(f"{self.record.waiting} pods wait for an id")
+        missing += [
+            f"{name}'s session is {drsm.state}" for name, drsm in self._drsm.items() if drsm.state != "live"
+        ]
         missing += [f"demux stale for {demux.staleness:.1f} s" for demux in self.demuxes if not demux.synced]
         try:
             with pymongo.timeout(LOOK_SECONDS):

@@ -333,7 +333,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "R5",
         LATE_DEATHS,
         ((writes, "end_session", _death_without_term),),
-        hint=101,
+        hint=173,
     ),
     Ablation("no stamp before answering", "R5", LATE_DEATHS, ((Leader, "_stamp", _no_stamp),), hint=4),
     Ablation(
@@ -341,7 +341,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "R6",
         LAGGING,
         ((Leader, "_stamp", _no_barrier),),
-        hint=46,
+        hint=0,
     ),
     Ablation(
         "a renewal counts after death was decided",
@@ -360,14 +360,14 @@ ABLATIONS: tuple[Ablation, ...] = (
         "G2",
         LATE_CLAIMS,
         ((writes, "_chunk_guard", _only_the_number),),
-        hint=0,
+        hint=2,
     ),
     Ablation(
         "guards look at the pod, not at its incarnation and grant",
         "G2",
         LATE_CLAIMS,
         ((writes, "_chunk_guard", _pod_as_seen),),
-        hint=0,
+        hint=2,
     ),
     Ablation(
         "guards do not look at the grant",
@@ -398,7 +398,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         hint=8,
     ),
     Ablation(
-        "a repeated open is a new one", "repeats", LOSSES, ((Sessions, "_new_session", _opened_anew),), hint=1
+        "a repeated open is a new one", "repeats", LOSSES, ((Sessions, "_new_session", _opened_anew),), hint=3
     ),
     Ablation(
         "a new leader publishes nothing of what the old one left",
