@@ -204,25 +204,28 @@ async def _until_signal(work: Coroutine[object, object, None]) -> bool:
 
 def _finish(work: Callable[[], Awaitable[None]]) -> None:
     """Run to the end and turn faults into one line and an exit code."""
+    code = 0
     try:
         asyncio.run(_awaited(work))
     except* (Misconfigured, EmbeddedError) as group:
-        _fail(group, REFUSED)
+        code = _said(group, REFUSED)
     except* AgentError as group:
-        _fail(group, FAULT)
+        code = code or _said(group, FAULT)
     except* Exception as group:
         log.critical("crashed", exc_info=leaf(group))
-        _fail(group, FAULT)
+        code = code or _said(group, FAULT)
+    if code:  # not raised above: before 3.11.4, Python makes a group of what an `except*` raises
+        raise SystemExit(code)
 
 
 async def _awaited(work: Callable[[], Awaitable[None]]) -> None:
     await work()
 
 
-def _fail(group: BaseExceptionGroup, code: int) -> None:
+def _said(group: BaseExceptionGroup, code: int) -> int:
     error = leaf(group)
     print("\n".join([f"drsm-agent: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-    raise SystemExit(code)
+    return code
 
 
 @contextlib.contextmanager

@@ -243,6 +243,7 @@ async def test_a_chunk_that_was_given_back_since_the_backup_is_scanned_before_it
         async with requester(domain.nats_url, domain.prefix) as asking, connect(domain, "amf-1") as drsm:
             pool = await drsm.join(POOL, in_use=ids_in_use)
             ids = await allocate(pool, 40)
+            await eventually(lambda: pool.stats.free >= pool.stats.wanted)  # so that it can spare a chunk
             backup = await back_up(domain)
             given_back = min(chunks_of(ids))
             for id_ in sorted(ids):
