@@ -27,6 +27,7 @@ from tests.fault.world import start_cluster
 from tests.harness import (
     POOL,
     SEEN_SECONDS,
+    UNHURRIED,
     Domain,
     Requester,
     demuxes_equal_mongodb,
@@ -167,9 +168,8 @@ async def _many_pages(domain: Domain) -> AsyncIterator[tuple[Domain, Requester, 
         server = await start_nats_server(scratch, config="max_payload: 131072")
         small = Domain(domain.mongo_url, server.url, domain.database, domain.prefix)
         asking = await entered.enter_async_context(requester(server.url, domain.prefix))
-        patient = {"liveness_ttl": SEEN_SECONDS, "leader_ttl": SEEN_SECONDS}  # no pod renews by itself
         pools = [{"name": POOL}, {"name": "other"}]
-        agent = await entered.enter_async_context(small.agent(pools=pools, **patient))
+        agent = await entered.enter_async_context(small.agent(pools=pools, **UNHURRIED))
         assert len(await asking.snapshot()) >= 5
         yield small, asking, agent, chunks
 
