@@ -15,7 +15,8 @@ demo: $(INSTALLED) ## the story, on a real MongoDB and a real nats-server
 	$(VENV) .venv/bin/drsm-agent demo
 
 test: lint ## lint, then all tests, on real servers
-	$(VENV) -m pytest -n 2 --dist loadfile --max-worker-restart 0 --ignore tests/fault
+	$(VENV) -m pytest -n 2 --dist loadfile --max-worker-restart 0 --ignore tests/fault --ignore tests/mixed
+	$(VENV) -m pytest -n 6 --dist loadfile --max-worker-restart 0 tests/mixed
 	$(VENV) -m pytest tests/fault
 
 lint: $(INSTALLED) ## style, types and import contracts

@@ -12,12 +12,14 @@ from functools import partial
 from drsm_agent.core import writes
 from drsm_agent.core.documents import Chunk, Owner, chunk_key
 from drsm_agent.core.events import RELEASED
-from drsm_agent.core.numbers import FreeNumbers
+from drsm_agent.core.numbers import FreeNumbers, beside_go
 from drsm_agent.core.session import Key
 from drsm_agent.core.table import PoolTable
 from drsm_agent.errors import Refused, StoreUnavailable
 from drsm_agent.feed import Entry
 from drsm_agent.flight import Flight
+from drsm_agent.go_pods import go_knows_too_many
+from drsm_agent.mirrors import Mirrors
 from drsm_agent.reign import Reign
 from drsm_agent.restorer import Restorer
 from drsm_agent.sessions import Sessions
@@ -43,11 +45,17 @@ class Allocations:
     """Gives chunks to the sessions of one lead, and takes them back."""
 
     def __init__(
-        self, reign: Reign, restorer: Restorer, sessions: Sessions, tasks: asyncio.TaskGroup
+        self,
+        reign: Reign,
+        restorer: Restorer,
+        sessions: Sessions,
+        mirrors: Mirrors,
+        tasks: asyncio.TaskGroup,
     ) -> None:
         self._table, self._relay, self._definitions = reign.table, reign.relay, reign.definitions
         self._chance, self._metrics = reign.chance, reign.metrics
         self._grants, self._restorer, self._sessions = reign.grants, restorer, sessions
+        self._mirrors, self._go_pods = mirrors, mirrors.go_pods
         self._free = {
             name: _free_numbers(reign.definitions[name], pool) for name, pool in reign.table.pools.items()
         }
@@ -86,7 +94,7 @@ class Allocations:
         session = await self._sessions.member(pool, request.pod, request.incarnation)
         self._restorer.check_reported(session)
         owned = self._owned(pool, session.key, request.chunks)
-        if owned := [chunk for chunk in owned if not chunk.marked]:
+        if owned := [chunk for chunk in owned if not (chunk.marked or self._go_pods.may_live(pool, chunk))]:
             await self._releases[pool.name].board((session.key, request.chunks), owned)
         still = {chunk.n for chunk in self._owned(pool, session.key, request.chunks)}
         return m.Released(tuple(n for n, _ in request.chunks if n not in still))
@@ -104,12 +112,17 @@ class Allocations:
     async def _acquire_all(self, pool: str, wanted: Sequence[_Wanted]) -> Sequence[list[Chunk] | Exception]:
         """Insert chunks for all; numbers that another allocator took first are replaced by others."""
         await self._relay.read_back()
-        table, free = self._table.pools[pool], self._free[pool]
+        table = self._table.pools[pool]
+        await self._mirrors.ensure(table, {want.owner for want in wanted})
+        receiving = [self._mirrors.may_receive(table, want.owner) for want in wanted]
         share = max(1, CHUNKS_PER_FLIGHT_MAX // len(wanted))
-        missing = [0 if self._granted(table, want) else min(want.count, share) for want in wanted]
+        missing = [
+            min(want.count, share) if may_receive and not self._granted(table, want) else 0
+            for want, may_receive in zip(wanted, receiving, strict=True)
+        ]
         exhausted = False
         for _ in range(ALLOCATION_ROUNDS_MAX):
-            numbers = free.take(sum(missing), table.chunks)
+            numbers = self._numbers(table, sum(missing))
             exhausted = len(numbers) < sum(missing)
             inserts, takers = self._inserts(pool, wanted, missing, numbers)
             if not inserts:
@@ -120,7 +133,20 @@ class Allocations:
             if not outcome.refused:
                 break
             self._metrics.conflicts.inc(len(outcome.refused))
-        return [self._granted(table, want) or self._none(exhausted, table) for want in wanted]
+        return [
+            self._granted(table, want)
+            or (self._none(exhausted, table) if may_receive else _settling(want.owner))
+            for want, may_receive in zip(wanted, receiving, strict=True)
+        ]
+
+    def _numbers(self, pool: PoolTable, count: int) -> list[int]:
+        """Up to so many free chunk numbers, in the order in which they are granted."""
+        if not pool.has_go:
+            return self._free[pool.name].take(count, pool.chunks)
+        capacity = self._definitions[pool.name].capacity
+        numbers = beside_go(count, capacity, pool.chunks, pool.known, pool.known_free)
+        barren = self._definitions[pool.name].barren_chunks
+        return [n for n in numbers if not any(first <= n <= last for first, last in barren)]
 
     def _inserts(
         self, pool: str, wanted: Sequence[_Wanted], missing: Sequence[int], numbers: Sequence[int]
@@ -174,6 +200,8 @@ class Allocations:
             return StoreUnavailable("other allocators took every number that was tried")
         usable = self._definitions[pool.name].usable
         level = f"{len(pool.chunks)} of {usable} owned, {len(pool.marked)} of them not scanned yet"
+        if go_knows_too_many(pool, self._definitions[pool.name].capacity):
+            level += f"; the Go pods know {len(pool.known)} numbers, and never used ones are kept for them"
         return Refused("pool_exhausted", f"not one chunk of pool {pool.name} is free: {level}", retry=False)
 
     def _owned(self, pool: PoolTable, key: Key, listed: Sequence[tuple[int, str]]) -> list[Chunk]:
@@ -183,6 +211,11 @@ class Allocations:
             for n, grant in dict.fromkeys(listed)
             if (chunk := pool.chunks.get(n)) and chunk.grant == grant and chunk.owner.key == key
         ]
+
+
+def _settling(owner: Owner) -> Exception:
+    message = f"a keepalive of pod {owner.name} was deleted, and Go pods may claim what names it"
+    return Refused("store_unavailable", message, reason="settling", retry=True)
 
 
 def _free_numbers(definition: Definition, pool: PoolTable) -> FreeNumbers:

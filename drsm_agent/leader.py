@@ -35,6 +35,7 @@ from drsm_agent.errors import (
     leaf,
 )
 from drsm_agent.feed import Entry, State
+from drsm_agent.go_pods import GoPods
 from drsm_agent.handover import HandOver
 from drsm_agent.lead import Lead
 from drsm_agent.mirrors import Mirrors
@@ -255,27 +256,28 @@ class Leader:
             use={},
             hearing=Hearing(parts.clock),
             leases=parts.leases,
+            go=parts.go,
             definitions=parts.definitions,
             clock=parts.clock,
-            wall_clock=parts.wall_clock,
             chance=parts.chance,
             metrics=parts.metrics,
         )
 
     def _judge(self, reign: Reign, restorer: Restorer, probe: Probe, tasks: asyncio.TaskGroup) -> Requests:
         """Start whatever judges, claims and watches; returns what answers."""
-        requests = Requests(reign, restorer, tasks)
-        reaper = Reaper(reign, probe, self._parts.feed.stands_still)
+        go_pods = GoPods(reign, probe, self._parts.feed.stands_still)
+        mirrors = Mirrors(reign, go_pods)
+        requests = Requests(reign, restorer, mirrors, tasks)
+        reaper = Reaper(reign, probe, mirrors)
 
         def note(entry: Entry) -> None:
-            requests.note(entry)
-            reaper.note(entry)
-            restorer.note(entry)
+            for part in (go_pods, mirrors, requests, reaper, restorer):
+                part.note(entry)
 
         self._parts.feed.on_change = note
         tasks.create_task(reaper.run(), name="reaper")
-        tasks.create_task(Alarms(reign).run(), name="alarms")
-        tasks.create_task(Mirrors(reign).run(), name="mirrors")
+        tasks.create_task(Alarms(reign, self._parts.store).run(), name="alarms")
+        tasks.create_task(mirrors.run(), name="mirrors")
         tasks.create_task(restorer.run(), name="restorer")
         tasks.create_task(HandOver(reign, probe, self._parts.store).run(), name="hand-over")
         return requests

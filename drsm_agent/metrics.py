@@ -57,6 +57,21 @@ class Metrics:
             ["pool"],
             registry=r,
         )
+        self.claimed_by_go = Counter(
+            "drsm_claimed_by_go", "Living pods' chunks that Go pods have claimed", ["pool"], registry=r
+        )
+        self.go_came_back = Counter(
+            "drsm_go_came_back",
+            "Chunks claimed from Go pods that were silent and issue again",
+            ["pool"],
+            registry=r,
+        )
+        self.go_alarms = Gauge(
+            "drsm_go_alarms",
+            "1 while something stands in the way of Go pods on the same collection",
+            ["pool", "alarm"],
+            registry=r,
+        )
         self.stream_staleness = Gauge(
             "drsm_stream_staleness_seconds", "Since the change stream last said something", registry=r
         )
@@ -79,5 +94,6 @@ class Metrics:
             self.marked,
             self.marked_overdue,
             self.only_allocating,
+            self.go_alarms,
         ):
             gauge.clear()

@@ -1,95 +1,309 @@
-"""Keepalive mirrors: what Go DRSM pods on the same collection see of our sessions.
+"""The keepalives that the agent keeps for Go DRSM pods on the same collection; `core/keepalives.py` says
+which there shall be, and why.
 
-A mirror follows its session and never decides anything: `expireAt` is kept far ahead, a missing one
-is inserted again (the TTL monitor takes it when no agent ran for long), and it is deleted last, when
-no chunk names the incarnation and nobody may still issue from one (rule R5).
+Each living session has its mirror before it gets a chunk: `ensure` is asked before every grant and claim. All
+else is done in rounds, and at once for names about which something has changed.
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 
 import structlog
 
-from drsm_agent.core import writes
-from drsm_agent.core.documents import DEAD, GO_INCARNATION, Keepalive, Owner
-from drsm_agent.core.table import PoolTable
+from drsm_agent.core import keepalives, writes
+from drsm_agent.core.documents import (
+    DEAD,
+    GO_INCARNATION,
+    OPENED,
+    Chunk,
+    Owner,
+    Session,
+    chunk_number,
+    session_number,
+)
+from drsm_agent.core.keepalives import Ends
+from drsm_agent.core.placement import hold_ms
+from drsm_agent.core.session import Key
+from drsm_agent.core.table import SESSIONS, PoolTable
+from drsm_agent.core.writes import Write
 from drsm_agent.errors import StoreUnavailable
+from drsm_agent.feed import Entry
+from drsm_agent.go_pods import GoPods
 from drsm_agent.reign import Reign
 
-LEASES_AHEAD = 3
-"""`expireAt` is set three `A` ahead every half `A`, so it is never less than two ahead."""
 CHECK_INTERVAL = 5.0
-"""How long a new pod may lack its mirror; a Go pod looks at other pods' keepalives no more often."""
+"""Between two rounds; a Go pod looks at other pods' keepalives no more often."""
+SETTLES = 5.0
+"""Seconds after a delete in which Go pods may still claim what names the pod."""
+SHOWN_AGAIN = 60.0
+"""Seconds until Go pods are shown again that a pod is dead, whose chunks none of them has claimed: those that
+were cut off then have missed it."""
+WRITES_MAX = 1000
+"""Of one bulk write."""
+ROUNDS_MAX = 3
+"""Times that others may write a keepalive of the name first, before a requester is told to try again."""
 
 log = structlog.get_logger("drsm_agent.mirrors")
+Name = tuple[str, str]
+"""A pool and a pod of it."""
 
 
 class Mirrors:
-    """Keeps the mirrors of one lead's sessions, with one bulk write per pool and round."""
+    """The keepalives of one lead, with one bulk write per pool and round."""
 
-    def __init__(self, reign: Reign) -> None:
+    def __init__(self, reign: Reign, go_pods: GoPods) -> None:
         self._table, self._relay, self._leases = reign.table, reign.relay, reign.leases
-        self._definitions, self._clock, self._wall_clock = reign.definitions, reign.clock, reign.wall_clock
-        self._over_since: dict[tuple[str, str, int], float] = {}
-        self._prolonged_at = float("-inf")
+        self._definitions, self._clock, self._grants = reign.definitions, reign.clock, reign.grants
+        self._go, self.go_pods = reign.go, go_pods
+        now = self._clock()
+        self._gone_at: dict[Name, float] = {
+            (pool.name, name): now
+            for pool in self._table.pools.values()
+            for name, _ in pool.held
+            if name not in pool.keepalives
+        }
+        """When a keepalive was deleted. Of pods that chunks name, and that had none at the beginning, nobody
+        knows it: perhaps just now."""
+        self._over_since: dict[tuple[str, Key, bool], float] = {}
+        """Since when a dead pod of a pool has chunks, or has none."""
+        self._opened_at: dict[Key, float] = {}
+        self._shown_at: dict[Name, float] = {}
+        self._namesakes: set[Name] = set()
+        self._changed: set[Key] = set()
+        """Sessions about which something has changed."""
+        self._news = asyncio.Event()
+
+    # --- What grants and claims ask ------------------------------------------------------------------
+
+    async def ensure(self, pool: PoolTable, owners: Iterable[Owner]) -> None:
+        """See that each of these living pods has a keepalive that Go pods take for its life. Raises
+        StoreUnavailable."""
+        for _ in range(ROUNDS_MAX):
+            missing = [owner for owner in owners if not keepalives.shows(pool, owner)]
+            ends = self._ends()
+            needed = [write for owner in missing if (write := self._needed(pool, owner, ends))]
+            if not needed:
+                return
+            await self._relay.commit(needed)
+
+    def may_receive(self, pool: PoolTable, owner: Owner) -> bool:
+        """Whether a pod may get chunks at this moment: it has a keepalive, and none of its name was deleted
+        just now, as Go pods then claim whatever names it."""
+        return self._settled(pool, owner.name) and keepalives.shows(pool, owner)
+
+    def _settled(self, pool: PoolTable, name: str) -> bool:
+        if not pool.has_go:
+            return True
+        return self._clock() - self._gone_at.get((pool.name, name), float("-inf")) >= SETTLES
+
+    # --- Rounds --------------------------------------------------------------------------------------
+
+    def note(self, entry: Entry) -> None:
+        """Something changed: what is about keepalives or sessions is looked at at once."""
+        now = self._clock()
+        for space, key in entry.changed:
+            if space == SESSIONS:
+                self._changed |= {number} if (number := session_number(key)) else set()
+            elif (pool := self._table.pools.get(space)) and chunk_number(key) is None:
+                seen = pool.keepalives.get(key)
+                if seen is None:
+                    self._gone_at[space, key] = now
+                if seen is None or seen.mirrored is None:  # what we wrote ourselves needs no second look
+                    self._changed |= {session for session in self._table.sessions if session[0] == key}
+        if self._changed:
+            self._news.set()
 
     async def run(self) -> None:
+        next_round = float("-inf")
         while True:
             try:
-                await self._round()
+                if (now := self._clock()) >= next_round:
+                    await self._round()
+                    next_round = now + CHECK_INTERVAL
+                else:
+                    await self._catch_up()
             except StoreUnavailable as error:
                 log.warning("put_off", error=str(error))
-            await asyncio.sleep(CHECK_INTERVAL)
+                next_round = self._clock() + CHECK_INTERVAL
+            try:
+                async with asyncio.timeout(max(next_round - self._clock(), 0)):
+                    await self._news.wait()
+            except TimeoutError:
+                pass
+            self._news.clear()
+
+    async def _catch_up(self) -> None:
+        """For sessions about which something has changed, and of whose name there is a keepalive. One that
+        has none gets it with its first chunk, or by the next round."""
+        changed, self._changed = self._changed, set()
+        ends = self._ends()
+        for pool in self._table.pools.values():
+            named = [key for key in changed if key[0] in pool.keepalives]
+            if decided := list(self._kept(pool, named, ends)):
+                await self._relay.write_unseen(decided)
 
     async def _round(self) -> None:
-        now = self._clock()
-        prolong = now - self._prolonged_at >= self._leases.allocation / 2
-        ahead = self._wall_clock() + LEASES_AHEAD * self._leases.allocation
-        expire_at = datetime.fromtimestamp(ahead, tz=UTC)
+        self._changed = set()
+        now, ends = self._clock(), self._ends()
+        opened = [session.key for session in self._table.sessions.values() if session.state == OPENED]
         for pool in self._table.pools.values():
-            decided = [*self._living(pool, expire_at, prolong=prolong), *self._over(pool, now)]
-            if decided:
-                await self._relay.write_unseen(decided)
-        if prolong:
-            self._prolonged_at = now
+            await asyncio.sleep(
+                0
+            )  # others have their turn: a thousand pods in each of many pools take a while
+            self._note_dead(pool, now)
+            decided = [
+                *self._kept(pool, [*pool.live, *opened], ends),
+                *self._stood_in(pool, ends),
+                *self._over(pool, now),
+                *self._shown_again(pool, now, ends),
+                *self._overdue(pool),
+                *self._left(pool, now),
+            ]
+            for start in range(0, len(decided), WRITES_MAX):
+                await self._relay.write_unseen(decided[start : start + WRITES_MAX])
+        self._forget()
 
-    def _living(self, pool: PoolTable, expire_at: datetime, *, prolong: bool) -> Iterator[writes.Write]:
-        for owner in pool.live.values():
-            if owner.incarnation == GO_INCARNATION:
+    def _kept(self, pool: PoolTable, sessions: Iterable[Key], ends: Ends) -> Iterator[Write]:
+        """What the keepalives of living sessions need, and those of Go pods beside which one begins."""
+        for key in sessions:
+            if key[1] == GO_INCARNATION:
                 continue
-            mirror = pool.keepalives.get(owner.name)
-            shown = _mirrored(mirror) if mirror else None
-            if mirror is None:
-                yield writes.mirror_keepalive(pool.name, owner, expire_at)
-            elif shown and shown.incarnation < owner.incarnation:
-                yield writes.hand_over_mirror(pool.name, shown, owner, expire_at)
-            elif prolong and shown == owner:
-                yield writes.prolong_mirror(pool.name, owner, expire_at)
-
-    def _over(self, pool: PoolTable, now: float) -> Iterator[writes.Write]:
-        alive = {owner.name for owner in pool.live.values()}  # the newer incarnation takes the place
-        for mirror in pool.keepalives.values():
-            owner = _mirrored(mirror)
-            if owner is None or owner.name in alive or owner.key in pool.held:
+            if owner := pool.live.get(key):
+                write = self._needed(pool, owner, ends)
+            elif (session := self._table.sessions.get(key)) and session.state == OPENED:
+                write = (
+                    keepalives.for_namesake(pool, session.pod, ends) if pool.name in session.pools else None
+                )
+            else:
                 continue
-            since = self._over_since.setdefault((pool.name, *owner.key), now)
-            if now - since >= self._patience(pool, owner):
-                self._over_since.pop((pool.name, *owner.key))
-                yield writes.delete_mirror(pool.name, owner)
+            if pool.has_go:
+                self._watch_namesake(pool, key)
+            if write:
+                yield write
 
-    def _patience(self, pool: PoolTable, owner: Owner) -> float:
-        """`A + W` for a dead session; one that is not dead, but not live either, keeps its mirror."""
-        session = self._table.sessions.get(owner.key)
+    def _needed(self, pool: PoolTable, owner: Owner, ends: Ends) -> Write | None:
+        seen = pool.keepalives.get(owner.name)
+        silent = seen is not None and seen.mirrored is None and self.go_pods.is_silent(pool.name, owner.name)
+        return keepalives.for_living(pool, owner, ends, go_silent=silent)
+
+    def _ends(self) -> Ends:
+        """By the database's time, which its TTL monitor goes by, and no other clock."""
+        at = self._table.seconds + keepalives.ahead(self._leases.allocation)
+        return Ends(datetime.fromtimestamp(at, tz=UTC), at - self._leases.allocation / 2)
+
+    def _watch_namesake(self, pool: PoolTable, key: Key) -> None:
+        """Tell it once when a Go pod renews its keepalive under the name of a session that has begun."""
+        of, since = (pool.name, key[0]), self._opened_at.setdefault(key, self._clock())
+        alive = (key[0], GO_INCARNATION) in pool.live and self.go_pods.heard_since(*of, since)
+        if alive and of not in self._namesakes:
+            self._namesakes.add(of)
+            log.error(
+                "go_namesake",
+                pool=pool.name,
+                pod=key[0],
+                action="a Go pod and an SDK pod of this name live at once: both keep their chunks; stop one "
+                "of them, or give it another name (HOSTNAME)",
+            )
+
+    def _stood_in(self, pool: PoolTable, ends: Ends) -> Iterator[Write]:
+        """Go pods that own chunks, have no keepalive and are silent: nothing else says that they are down."""
+        for name, incarnation in pool.held if pool.go_chunks else ():
+            untold = incarnation == GO_INCARNATION and keepalives.go_writes_under(pool, name)
+            if untold and self.go_pods.is_silent(pool.name, name):
+                yield keepalives.for_silent_go(pool, name, ends)
+
+    # --- The dead ------------------------------------------------------------------------------------
+
+    def _note_dead(self, pool: PoolTable, now: float) -> None:
+        """Since when this leader has known of dead pods that have a keepalive, or chunks."""
+        dead = {owner.key for _, owner in keepalives.of_nobody(pool) if not owner.is_go}
+        dead |= {key for key in pool.held if key not in pool.live and key[1] != GO_INCARNATION}
+        known = {(pool.name, key, key in pool.held) for key in dead}
+        for over in known:
+            self._over_since.setdefault(over, now)
+        for over in [over for over in self._over_since if over[0] == pool.name and over not in known]:
+            del self._over_since[over]
+
+    def _over(self, pool: PoolTable, now: float) -> Iterator[Write]:
+        """The keepalives of the dead go once nobody issues from their chunks."""
+        for seen, owner in keepalives.of_nobody(pool):
+            if keepalives.go_writes_under(pool, owner.name):
+                continue
+            if owner.key in pool.held and not self._is_for_go(pool):
+                continue
+            if not self._is_over(pool, owner.key, now):
+                continue
+            shown = self._shown_at.get((pool.name, owner.name), float("-inf"))
+            if owner.is_go and owner.key in pool.held and now - shown < SHOWN_AGAIN:
+                continue  # it stands in for the Go pod again as soon as it is gone
+            self._shown_at[pool.name, owner.name] = now
+            yield writes.delete_keepalive(pool.name, owner.name, seen)
+
+    def _shown_again(self, pool: PoolTable, now: float, ends: Ends) -> Iterator[Write]:
+        """Dead pods of ours that have no keepalive any more, and whose chunks no Go pod has claimed: a
+        keepalive that the next round deletes."""
+        for key in pool.held if self._is_for_go(pool) else ():
+            if key[1] == GO_INCARNATION or key in pool.live or key[0] in pool.keepalives:
+                continue
+            shown = self._shown_at.setdefault((pool.name, key[0]), now)
+            if now - shown >= SHOWN_AGAIN and self._is_over(pool, key, now):
+                owner = pool.chunks[next(iter(pool.held[key].numbers))].owner
+                yield writes.mirror_keepalive(pool.name, owner, ends.expire_at)
+
+    def _left(self, pool: PoolTable, now: float) -> Iterator[Write]:
+        """Chunks of dead pods of ours under whose names Go pods live: nobody is shown the death of those."""
+        for key in pool.held if self._is_for_go(pool) else ():
+            go = pool.live.get((key[0], GO_INCARNATION))
+            if go and key[1] != GO_INCARNATION and key not in pool.live and self._is_over(pool, key, now):
+                for n in pool.held[key].numbers:
+                    yield writes.leave_to_go(pool.name, pool.chunks[n], go)
+
+    def _is_for_go(self, pool: PoolTable) -> bool:
+        """Whether Go pods, and only they, can claim an orphan: for a pod of ours it is claimed with a
+        hold."""
+        return bool(pool.live) and all(owner.is_go for owner in pool.live.values())
+
+    def _is_over(self, pool: PoolTable, key: Key, now: float) -> bool:
+        """Whether nobody issues from a dead pod's chunks any more."""
+        since = self._over_since.get((pool.name, key, key in pool.held), now)
+        return self._grants.allowed() and now - since >= self._patience(pool, key)
+
+    def _overdue(self, pool: PoolTable) -> Iterator[Write]:
+        """Silent Go pods' keepalives that MongoDB should have deleted: then other Go pods learn of the
+        death."""
+        for key, seen in pool.keepalives.items():
+            silent = seen.mirrored is None and seen.go_down
+            if silent and keepalives.overdue(seen, self._table.seconds, self.go_pods.silence(pool.name, key)):
+                yield writes.delete_keepalive(pool.name, key, seen)
+
+    def _patience(self, pool: PoolTable, key: Key) -> float:
+        """Seconds from a death, as this leader has seen it, until nobody issues from the dead pod's chunks:
+        the longest hold of those that name it, or `A + W` when none does. One that is not dead, but not live
+        either, keeps its mirror."""
+        if key[1] == GO_INCARNATION:
+            return 0.0
+        session = self._table.sessions.get(key)
         if session and session.state != DEAD:
             return float("inf")
-        promised_ms = session.promised_ms if session else round(self._leases.allocation * 1000)
-        return (promised_ms + self._definitions[pool.name].usage_lag_ms) / 1000
+        holds = (
+            [self._hold_ms(pool, pool.chunks[n], session) for n in pool.held[key].numbers]
+            if key in pool.held
+            else []
+        )
+        if not holds:
+            allocation_ms = session.promised_ms if session else round(self._leases.allocation * 1000)
+            return (allocation_ms + self._definitions[pool.name].usage_lag_ms) / 1000
+        longest = max(holds) / 1000
+        return longest if self._go.claims_after is None else min(longest, self._go.claims_after)
 
+    def _hold_ms(self, pool: PoolTable, chunk: Chunk, former: Session | None) -> int:
+        usage_lag_ms = self._definitions[pool.name].usage_lag_ms
+        return hold_ms(chunk, former, round(self._leases.allocation * 1000), usage_lag_ms)
 
-def _mirrored(keepalive: Keepalive) -> Owner | None:
-    """The incarnation that a keepalive mirrors; None for a Go pod's own."""
-    if keepalive.drsm is None or keepalive.go_owner is not None:
-        return None
-    drsm = keepalive.drsm
-    return Owner(drsm.pod, drsm.ip, drsm.instance, drsm.incarnation)
+    def _forget(self) -> None:
+        """What is about nobody any more, or long past."""
+        now = self._clock()
+        self._gone_at = {of: at for of, at in self._gone_at.items() if now - at < SETTLES}
+        self._shown_at = {of: at for of, at in self._shown_at.items() if now - at < 2 * SHOWN_AGAIN}
+        self._opened_at = {key: at for key, at in self._opened_at.items() if key in self._table.sessions}

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from drsm_agent.core.lease import Leases
+from drsm_agent.core.placement import BesideGo
 from drsm_agent.feed import Feed
 from drsm_agent.metrics import Metrics
 from drsm_agent.ports import Bus, Chance, Clock, Store, WallClock
@@ -20,6 +21,7 @@ class Parts:
     feed: Feed
     subjects: Subjects
     leases: Leases
+    go: BesideGo
     definitions: Mapping[str, Definition]
     clock: Clock
     wall_clock: WallClock

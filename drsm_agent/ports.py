@@ -83,6 +83,18 @@ class Store(Protocol):
         there, StoreUnavailable when it may later.
         """
 
+    async def ttl(self, space: str) -> int | None:
+        """After how many seconds beyond `expireAt` documents of a space are deleted; None if never."""
+
+    async def has_chunks(self, space: str, database: str | None = None) -> bool:
+        """Whether a pool's collection has a chunk; in another database, if one is named."""
+
+    async def has_go(self, space: str) -> bool:
+        """Whether a pool's collection has a document that a Go pod wrote and no agent has touched."""
+
+    async def elsewhere(self, spaces: Sequence[str]) -> Mapping[str, Sequence[str]]:
+        """Other databases in which collections of these names have chunks, as far as they may be read."""
+
     async def close(self) -> None:
         """Let go of all connections."""
 

@@ -1,26 +1,27 @@
 """Deaths and claims: sleeps to the next deadline, then ends sessions and moves their chunks.
 
 Death comes in steps, each one guarded write, in this order (rule R5): the session's document says
-dead; each of its chunks is claimed; last, when no chunk names the pod and `A + W` has passed, its
-keepalive mirror goes (`mirrors`). Orphans are found from the table's state, at every chunk event, at
+dead; each of its chunks is claimed; last, when nobody may issue from them any more, its keepalive mirror
+goes (`mirrors`). Orphans are found from the table's state, at every chunk event, at
 the start and by a slow audit, not only at the moment of death.
 """
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TypeVar
 
 import structlog
 
 from drsm_agent.core import writes
-from drsm_agent.core.documents import DEAD, GO_INCARNATION, Chunk, Owner, Session
+from drsm_agent.core.documents import DEAD, Chunk, Owner, Session
 from drsm_agent.core.lease import renew_period
 from drsm_agent.core.placement import Placed, hold_ms, plan
 from drsm_agent.core.session import Key
 from drsm_agent.core.table import PoolTable
 from drsm_agent.errors import StoreUnavailable
 from drsm_agent.feed import Entry
+from drsm_agent.mirrors import Mirrors
 from drsm_agent.probe import Probe
 from drsm_agent.reign import Reign
 
@@ -28,9 +29,6 @@ WRITES_MAX = 1000
 """Claims of one bulk write; a death of more chunks takes several."""
 AUDIT_INTERVAL = 10.0
 """The slow audit: what no event announced, and what a failed write left."""
-GO_SILENCE = 25.0
-"""A Go pod renews every 5 s for 20 s; unchanged or missing for this long, it is down. Longer than
-`feed.STILL_AFTER` and a renewal: that the stream stands still is noticed first."""
 PURGE_AFTER = 3600.0
 """A dead session's document is kept this long beyond `A + W`, for people who look for a reason."""
 RETRY_DELAY = 0.5
@@ -45,25 +43,20 @@ T = TypeVar("T")
 class Reaper:
     """Ends sessions, claims orphans and purges what is left, for one reign."""
 
-    def __init__(self, reign: Reign, probe: Probe, stream_stands: Callable[[], bool]) -> None:
+    def __init__(self, reign: Reign, probe: Probe, mirrors: Mirrors) -> None:
         self._table, self._relay, self._lead = reign.table, reign.relay, reign.lead
         self._leases, self._liveness, self._definitions = reign.leases, reign.liveness, reign.definitions
         self._clock, self._chance, self._metrics = reign.clock, reign.chance, reign.metrics
-        self._grants, self._probe, self._stream_stands = reign.grants, probe, stream_stands
+        self._go_hold_ms = round(reign.go.hold * 1000)
+        self._grants, self._probe = reign.grants, probe
+        self._mirrors, self._go_pods = mirrors, mirrors.go_pods
         self._news = asyncio.Event()
         self._dead_since: dict[Key, float] = {}
         self._spared_at = float("-inf")
         self._blind = False
-        self._go_heard: dict[tuple[str, str], float] = {}
-        self._fresh_since = self._clock()
 
     def note(self, entry: Entry) -> None:
-        """Something changed: look again. Keepalives are the only sign of life of Go pods; that one is gone
-        is none."""
-        now = self._clock()
-        for space, key in entry.changed:
-            if (space, key) in self._go_heard and key in self._table.pools[space].keepalives:
-                self._go_heard[space, key] = now
+        """Something changed: look again."""
         if entry.events:
             self._news.set()
 
@@ -71,7 +64,7 @@ class Reaper:
         while True:
             try:
                 await self._expire_due()
-                await self._bury_silent_go_pods()
+                await self._go_pods.look()
                 await self._claim_orphans()
                 await self._purge()
                 wait = self._until_next()
@@ -88,11 +81,10 @@ class Reaper:
     def _until_next(self) -> float:
         """Seconds to sleep: to the next lease that may lapse, at most one audit interval."""
         now = self._clock()
-        go = min(self._go_heard.values(), default=None)
         times = (
             self._liveness.next_deadline(),
             self._liveness.next_lapse(now),
-            None if go is None else max(go, self._fresh_since) + GO_SILENCE,
+            self._go_pods.next_look(),
         )
         waits = [at - now for at in times if at is not None]
         return min([AUDIT_INTERVAL, *(wait if wait > 0 else self._probe.period for wait in waits)])
@@ -133,35 +125,6 @@ class Reaper:
             return []
         return due
 
-    async def _bury_silent_go_pods(self) -> None:
-        """A Go pod whose keepalive stays as it was is down, also when MongoDB's TTL monitor does not take it
-        away. Only what was unchanged while this leader would have seen a change counts."""
-        now = self._clock()
-        if not self._probe.healthy(now) or self._stream_stands():
-            self._fresh_since = now
-        present = {
-            (pool.name, key): keepalive
-            for pool in self._table.pools.values()
-            for key, keepalive in pool.keepalives.items()
-            if keepalive.go_owner
-        }
-        orphaned = {
-            (pool.name, chunk.owner.name)
-            for pool in self._table.pools.values()
-            for chunk in pool.orphans()
-            if chunk.owner.incarnation == GO_INCARNATION
-        }
-        self._go_heard = {key: self._go_heard.get(key, now) for key in present.keys() | orphaned}
-        for (pool_name, key), keepalive in present.items():
-            if self._go_silent(pool_name, key, now):
-                log.warning("go_pod_silent", pool=pool_name, pod=key, seconds=GO_SILENCE)
-                self._metrics.deaths.labels(reason="deleted").inc()
-                await self._relay.commit([writes.delete_keepalive(pool_name, key, keepalive)])
-
-    def _go_silent(self, pool: str, pod: str, now: float) -> bool:
-        heard = self._go_heard.setdefault((pool, pod), now)
-        return now - max(heard, self._fresh_since) >= GO_SILENCE
-
     def _adopt(self, now: float) -> None:
         """A session that nobody has a lease for came of a write whose outcome was unknown: it gets one."""
         for session in self._table.alive():
@@ -186,7 +149,9 @@ class Reaper:
             orphans = self._claimable(pool)
             if not orphans:  # as a rule; counting what each living pod owns would cost the most here
                 continue
-            placed = plan(orphans, self._living(pool))
+            living = self._living(pool)
+            await self._mirrors.ensure(pool, [owner for owner in living if not owner.is_go])
+            placed = plan(orphans, {o: n for o, n in living.items() if self._mirrors.may_receive(pool, o)})
             placed.sort(key=lambda claim: claim.owner)  # then its neighbours go out as one event
             for batch in _batches(placed):
                 outcome = await self._relay.commit([self._claim(pool, claim) for claim in batch])
@@ -204,8 +169,8 @@ class Reaper:
     def _may_claim(self, pool: PoolTable, former: Owner) -> bool:
         """Whether the owner's death is final, and nobody may still be routed to it for good reason."""
         now = self._clock()
-        if former.incarnation == GO_INCARNATION:
-            return self._go_silent(pool.name, former.name, now)
+        if former.is_go:
+            return self._go_pods.is_silent(pool.name, former.name)
         session = self._table.sessions.get(former.key)
         if session is None:
             return True
@@ -222,10 +187,18 @@ class Reaper:
         }
 
     def _claim(self, pool: PoolTable, claim: Placed) -> writes.Update:
-        former = self._table.sessions.get(claim.orphan.owner.key)
+        drsm = claim.orphan.drsm
+        former = self._table.sessions.get(drsm.owner.key) if drsm else None
         usage_lag = self._definitions[pool.name].usage_lag_ms
-        hold = hold_ms(claim.orphan, former, round(self._leases.allocation * 1000), usage_lag)
-        return writes.claim(pool.name, claim.orphan, claim.owner, self._chance.token(), hold)
+        allocation_ms = round(self._leases.allocation * 1000)
+        hold, grant = (
+            hold_ms(claim.orphan, former, allocation_ms, usage_lag, self._go_hold_ms),
+            self._chance.token(),
+        )
+        if self._go_pods.may_live(pool, claim.orphan):
+            hold = max(hold, self._go_hold_ms)
+        self._go_pods.claiming(pool.name, claim.orphan, grant)
+        return writes.claim(pool.name, claim.orphan, claim.owner, grant, hold)
 
     # --- Last: what is left of the dead ---------------------------------------------------------------
 

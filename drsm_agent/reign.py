@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from drsm_agent.core.lease import Leases
+from drsm_agent.core.placement import BesideGo
 from drsm_agent.core.session import Key, LivenessLeases
 from drsm_agent.core.table import PoolTable, Table
 from drsm_agent.errors import Refused
 from drsm_agent.lead import Lead
 from drsm_agent.metrics import Metrics
-from drsm_agent.ports import Chance, Clock, WallClock
+from drsm_agent.ports import Chance, Clock
 from drsm_agent.relay import Relay
 from drsm_sdk.wire.definition import Definition
 from drsm_sdk.wire.messages import Use
@@ -69,9 +70,9 @@ class Reign:
     use: dict[Key, dict[str, Use]]
     hearing: Hearing
     leases: Leases
+    go: BesideGo
     definitions: Mapping[str, Definition]
     clock: Clock
-    wall_clock: WallClock
     chance: Chance
     metrics: Metrics
 

@@ -14,11 +14,12 @@ from drsm_agent.core.lease import whole_ms
 from drsm_agent.core.table import PoolTable
 from drsm_agent.errors import Refused
 from drsm_agent.feed import Entry
+from drsm_agent.mirrors import Mirrors
 from drsm_agent.reign import Reign
 from drsm_agent.relay import owner_ref
 from drsm_agent.restorer import Restorer
 from drsm_agent.sessions import Sessions
-from drsm_agent.snapshots import owner_state, snapshot_owner
+from drsm_agent.snapshots import snapshot_owner
 from drsm_sdk.wire import messages as m
 
 
@@ -26,11 +27,17 @@ class Requests:
     """The requests of one lead. `drsm.rpc.<verb>` is in `handlers`, `drsm.rpc.pool.<pool>.<verb>` in
     `pool_handlers`; but `snapshot` is answered in several messages, by `Endpoints` itself."""
 
-    def __init__(self, reign: Reign, restorer: Restorer, tasks: asyncio.TaskGroup) -> None:
+    def __init__(
+        self,
+        reign: Reign,
+        restorer: Restorer,
+        mirrors: Mirrors,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
         self._table, self._lead, self._use = reign.table, reign.lead, reign.use
         self._definitions, self.pool = reign.definitions, reign.pool
         self._sessions = sessions = Sessions(reign, restorer, tasks)
-        self._allocations = allocations = Allocations(reign, restorer, sessions, tasks)
+        self._allocations = allocations = Allocations(reign, restorer, sessions, mirrors, tasks)
         self.handlers: dict[str, tuple[type[Any], Callable[[Any], Awaitable[Any]]]] = {
             "session.open": (m.Open, sessions.open),
             "session.join": (m.Join, sessions.join),
@@ -77,10 +84,10 @@ class Requests:
         numbers = held.numbers if held else {}
         return m.PodState(
             pod=owner_ref(owner),
-            state=owner_state(pool, owner),
+            state=pool.state(owner),
             chunks=len(numbers),
             marked=sum(n in pool.marked for n in numbers) if pool.marked else 0,
-            use=self._use.get(owner.key, {}).get(pool.name, m.Use()),
+            use=None if owner.is_go else self._use.get(owner.key, {}).get(pool.name, m.Use()),
         )
 
     def _pool_state(self, pool: PoolTable) -> m.PoolState:

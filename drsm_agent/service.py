@@ -5,7 +5,7 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import structlog
@@ -15,6 +15,7 @@ from drsm_agent.bus.nats_bus import NatsBus
 from drsm_agent.core.documents import Document
 from drsm_agent.errors import AgentError, Misconfigured, PositionLost, StoreUnavailable
 from drsm_agent.feed import STILL_ACTION, Feed
+from drsm_agent.go_pods import NAMED_MAX, cannot_honour
 from drsm_agent.leader import Leader
 from drsm_agent.metrics import Metrics
 from drsm_agent.parts import Parts
@@ -69,6 +70,7 @@ class Agent:
                 feed=self.feed,
                 subjects=Subjects(settings.subject_prefix),
                 leases=settings.leases,
+                go=settings.beside_go,
                 definitions=settings.definitions,
                 clock=clock,
                 wall_clock=wall_clock,
@@ -169,6 +171,7 @@ async def running(settings: Settings) -> AsyncIterator[Agent]:
             settings.nats_url, name="drsm-agent", timeout=CONNECT_TIMEOUT, **nats_options(settings)
         )
         stack.push_async_callback(bus.close)
+        await start.wait_for_mongodb(lambda: look_for_go(store, settings))
         # Last: nothing is stored by one that cannot run.
         await start.wait_for_mongodb(lambda: ensure_stored(store, stored_settings(settings)))
         start.agent = agent = Agent(settings, store, bus, metrics=start.metrics)
@@ -181,6 +184,33 @@ async def running(settings: Settings) -> AsyncIterator[Agent]:
             await asyncio.wait([agent.task])
         if not agent.task.cancelled():
             agent.task.result()
+
+
+async def look_for_go(store: Store, settings: Settings) -> None:
+    """Whether Go pods use the pools' collections, or others of the same names. Raises Misconfigured for a
+    pool that they cannot share, StoreUnavailable."""
+    empty = []
+    for name, definition in settings.definitions.items():
+        if not await store.has_chunks(name):
+            empty.append(name)
+        reasons, has_go = cannot_honour(definition), False
+        with suppress(StoreUnavailable):  # a large collection takes longer; the leader looks at all of it
+            has_go = bool(reasons) and await store.has_go(name)
+        if has_go:
+            raise Misconfigured(
+                f"DRSM_POOLS: Go pods use the collection of pool {name}; expected what they keep to, found "
+                f"that {', '.join(reasons)}. Configure what they use (docs/migration.md), or give the pool "
+                "another name or database"
+            )
+    for name, databases in (await store.elsewhere(empty)).items() if empty else ():
+        log.warning(
+            "go_fleet_elsewhere",
+            pool=name,
+            database=settings.databases[name],
+            found=databases[:NAMED_MAX],
+            action="this agent's collection of the pool has no chunks, and others of its name have: if your "
+            f"Go pods use them, set DRSM_MONGO_DATABASE={databases[0]}, or `database` of the pool",
+        )
 
 
 def stored_settings(settings: Settings) -> list[Document]:

@@ -21,6 +21,7 @@ from drsm_agent.core.usage import asked_back
 from drsm_agent.errors import Refused, StoreUnavailable
 from drsm_agent.feed import Entry
 from drsm_agent.flight import Flight
+from drsm_agent.go_pods import go_knows_too_many
 from drsm_agent.reign import Reign
 from drsm_agent.restorer import Restorer
 from drsm_sdk.wire import messages as m
@@ -363,8 +364,11 @@ class Sessions:
         asked = {}
         for name, use in self._use.get(session.key, {}).items():
             pool, definition = self._table.pools[name], self._definitions[name]
-            free_ids = use.free if definition.usable else 0
-            count = asked_back(definition.usable, len(pool.chunks), free_ids, definition.ids_per_chunk)
+            usable = definition.usable
+            if go_knows_too_many(pool, definition.capacity):
+                usable = len(pool.chunks) + len(pool.known_free)
+            free_ids = use.free if usable else 0
+            count = asked_back(usable, len(pool.chunks), free_ids, definition.ids_per_chunk)
             if count:
                 asked[name] = count
         return asked

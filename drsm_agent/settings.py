@@ -29,6 +29,7 @@ from pydantic_settings import (
 )
 
 from drsm_agent.core.lease import Leases, check_usage_lag
+from drsm_agent.core.placement import BesideGo
 from drsm_agent.errors import Misconfigured
 from drsm_sdk.wire.definition import Definition
 from drsm_sdk.wire.space import FIFO, INTEGER, Space
@@ -116,6 +117,12 @@ class Settings(BaseSettings):
     """`A`: a pod cut off goes on issuing for so long."""
     leader_ttl: float = Field(3.0, gt=0, lt=DURATION_MAX)
     """`T`: a standby takes over a leader that was silent for so long."""
+    go_hold: float = Field(3600.0, gt=0, lt=DURATION_MAX)
+    """Nothing is issued for so long from a chunk that was a Go DRSM pod's: it may have stood still, and go
+    on."""
+    go_claims_after: float | None = Field(None, gt=0, lt=DURATION_MAX)
+    """Go DRSM pods may claim a dead pod's chunks so long after its death; if not given, after its chunks'
+    hold."""
     settings_revision: int = Field(1, ge=1, le=REVISION_MAX)
     """Raise it to change a stored `L`, `A` or `T`, the subject prefix, or which pools there are."""
 
@@ -175,6 +182,10 @@ class Settings(BaseSettings):
     @property
     def leases(self) -> Leases:
         return Leases(liveness=self.liveness_ttl, allocation=self.allocation_ttl, leader=self.leader_ttl)
+
+    @property
+    def beside_go(self) -> BesideGo:
+        return BesideGo(hold=self.go_hold, claims_after=self.go_claims_after)
 
     @property
     def nats_hosts(self) -> str:

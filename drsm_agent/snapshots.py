@@ -143,12 +143,8 @@ def _overloaded() -> Refused:
 
 
 def snapshot_owner(pool: PoolTable, owner: Owner) -> m.SnapshotOwner:
-    return m.SnapshotOwner(owner.name, owner.ip, owner.instance, owner.incarnation, owner_state(pool, owner))
-
-
-def owner_state(pool: PoolTable, owner: Owner) -> str:
-    """`live`, or `down` while the owner's chunks are about to move."""
-    return "live" if owner.key in pool.live else "down"
+    owner = pool.shown(owner)
+    return m.SnapshotOwner(owner.name, owner.ip, owner.instance, owner.incarnation, pool.state(owner))
 
 
 def _cut(pool: PoolTable, room: int) -> Iterator[list[Row]]:

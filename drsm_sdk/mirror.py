@@ -18,6 +18,7 @@ from drsm_sdk.wire.definition import Definition
 from drsm_sdk.wire.space import INTEGER, Item
 
 Key = tuple[str, int]
+GO_INCARNATION = 0
 
 
 class Verdict(Enum):
@@ -145,8 +146,9 @@ class Mirror:
         match body:
             case wire.PodUp(pod):
                 self._holder(pod).owner = Owner.of(pod, "live")
-            case wire.PodDown(pod):
-                self._holder(pod).owner = Owner.of(pod, "down")
+            case wire.PodDown(pod, reason):
+                unknown = pod.incarnation == GO_INCARNATION and reason == "deleted"
+                self._holder(pod).owner = Owner.of(pod, "unknown" if unknown else "down")
                 self._sweep(_key(pod))
             case wire.ChunkAllocated(owner, chunks) | wire.ChunkClaimed(owner, _, chunks):
                 former = self._holders_of(chunks)
@@ -162,10 +164,13 @@ class Mirror:
         return {holder.owner.key for n in numbers if (holder := self._chunks.get(n)) is not None}
 
     def _holder(self, ref: wire.OwnerRef) -> Holder:
-        """A pod that nobody announced is not up: its chunks are orphans."""
+        """A pod that nobody announced is not up: its chunks are orphans. But a Go pod has chunks before its
+        first keepalive."""
         key = _key(ref)
         if key not in self._holders:
-            self._holders[key] = Holder(Owner.of(ref, "down"))
+            self._holders[key] = Holder(
+                Owner.of(ref, "unknown" if ref.incarnation == GO_INCARNATION else "down")
+            )
         return self._holders[key]
 
     def _give(self, numbers: Iterable[int], holder: Holder) -> None:
@@ -183,10 +188,12 @@ class Mirror:
             self.checksum = (self.checksum - ownership(n, *holder.owner.key)) % MODULUS
 
     def _sweep(self, *keys: Key) -> None:
-        """Forget those of these pods that are down and own nothing."""
+        """Forget those of these pods that are not up and own nothing; a Go pod that is down has a keepalive
+        that says so, and is known as long as that is there."""
         for key in keys:
             holder = self._holders.get(key)
-            if holder is not None and not holder.chunks and holder.owner.state == "down":
+            forgotten = "unknown" if key[1] == GO_INCARNATION else "down"
+            if holder is not None and not holder.chunks and holder.owner.state == forgotten:
                 del self._holders[key]
 
 

@@ -8,7 +8,7 @@ from typing import Literal, Self
 from drsm_sdk.errors import BadRequest
 from drsm_sdk.wire.messages import OwnerRef, PodRef
 
-PodState = Literal["live", "down"]
+PodState = Literal["live", "down", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,8 @@ class Pod:
 class Owner:
     """The pod incarnation that an id belongs to. Incarnation 0 is a Go DRSM pod.
 
-    `state` is `live`, or `down`: the pod is gone and its chunks are about to move.
+    `state` is `live`; `down`: the pod is gone and its chunks are about to move; or, of a Go DRSM pod,
+    `unknown`: it has chunks and no keepalive, so it has just begun, or is about to be down.
     """
 
     name: str

@@ -23,6 +23,7 @@ from drsm_sdk.errors import (
 from drsm_sdk.feed import Feed, Reader
 from drsm_sdk.follow import Follower
 from drsm_sdk.lease import Leases
+from drsm_sdk.mirror import GO_INCARNATION
 from drsm_sdk.pods import Owner
 from drsm_sdk.rpc import Rpc
 from drsm_sdk.scan import InUse, Scanner
@@ -433,7 +434,11 @@ class Pool:
             case wire.ChunkClaimed(owner, _, chunks, grants, hold_ms) if _key(owner) == me:
                 supply.claimed(list(zip(chunks, grants, strict=False)), hold_ms, head)
             case wire.ChunkClaimed(owner, previous, chunks) if _key(previous) == me:
-                if any(n in self._stock for n in chunks):  # else given back before the database was restored
+                if owner.incarnation == GO_INCARNATION:  # a Go pod asks nobody whether this one lives
+                    supply.claimed_away(chunks, owner.name, head)
+                elif any(
+                    n in self._stock for n in chunks
+                ):  # else given back before the database was restored
                     self._session.end(life, f"claimed by {owner.name}")
             case wire.Sync(revision=revision):
                 supply.announced(revision, head.term)

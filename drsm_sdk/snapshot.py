@@ -6,9 +6,12 @@ two may answer one request. A snapshot is complete with pages 0..k, k being the 
 
 from dataclasses import dataclass, field
 
-from drsm_sdk.pods import Owner
+from drsm_sdk.pods import Owner, PodState
 from drsm_sdk.wire import messages as wire
 from drsm_sdk.wire.definition import Definition
+
+STATES: dict[str, PodState] = {"live": "live", "unknown": "unknown"}
+"""Whatever else an agent says, such a pod is not to be relied on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ def _assembled(stamp: wire.Stamp, pages: list[wire.SnapshotPage]) -> Snapshot | 
     owners: dict[tuple[str, int], Owner] = {}
     chunks: list[tuple[tuple[str, int], tuple[int, ...]]] = []
     for page in pages:
-        here = [Owner.of(owner.ref, "live" if owner.state == "live" else "down") for owner in page.owners]
+        here = [Owner.of(owner.ref, STATES.get(owner.state, "down")) for owner in page.owners]
         owners |= {owner.key: owner for owner in here}
         for index, numbers in page.chunks:
             if index >= len(here):

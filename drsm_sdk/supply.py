@@ -156,6 +156,21 @@ class Supply:
         self._acquired = max(self._acquired, head.version)
         self._take_up([(n, grant, hold_ms) for n, grant in chunks])
 
+    def claimed_away(self, chunks: Sequence[int], by: str, head: wire.EventHead) -> None:
+        """A Go pod took these chunks, while this pod's session lives: nothing is issued from them any
+        more."""
+        if not self._compares(head) or head.version < self._listed:
+            return
+        held = [n for n in chunks if n in self.stock]
+        if len(held) < len(chunks):  # perhaps the answer that grants the others is still under way
+            self._listed = max(self._listed, head.version)
+        if held:
+            log.error(
+                "pool %s: Go pod %s has claimed chunks %s of this pod, which lives", self.name, by, held
+            )
+            self._drop(held)
+        self._wake_returns.set()
+
     def follow(self, listed: Sequence[Listed], version: wire.Version, said: wire.Stamp) -> None:
         """Make the stock what the agent lists, unless something newer was taken up: take up what is not
         known, drop what is not listed, and from then on drop answers that are older than this list."""

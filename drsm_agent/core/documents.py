@@ -1,13 +1,14 @@
 """What the MongoDB documents mean: plain dicts to records and back, and updates merged into them.
 
 The chunk and keepalive documents are Go DRSM's own, with one sub-document `drsm` added that it
-ignores. A Go pod that claims sets the three pod fields and leaves `drsm` stale, so `drsm` counts
-only while its copies equal them. docs/protocol.md names every field.
+ignores. A Go pod that claims sets the three pod fields and leaves `drsm` stale, so a chunk's `drsm`
+counts only while its copies equal them. Whose a keepalive is shows in its `podInstance`: the agent's
+begin with `drsm:`, and no Go pod writes that. docs/protocol.md names every field.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 Document = dict[str, Any]
@@ -21,20 +22,30 @@ REASON_MAX = 64
 """Of an end; the agent's own are single words, and go out with `pod.down`."""
 PROMISED_MS_MAX = 86_400_000
 """A day, as `A` has at most. With `W` it is a hold, which must fit into a document, too."""
+GO_OWNERS_MAX = 8
+"""Go pods that a chunk remembers it came from. More can only be when none of them was seen to live for eight
+claims; the newest are kept."""
 
 _CHUNK_ID = re.compile(r"chunkid-(0|[1-9][0-9]{0,18})")
 _SESSION_ID = re.compile(r"(.+):([0-9]{1,20})")
+_OURS = "drsm:{}:{}"
+_OURS_MAX = len(_OURS) + POD_NAME_MAX + 20
 GO_INCARNATION = 0
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Owner:
-    """One life of a pod; incarnation 0 is a Go DRSM pod, which has none."""
+    """One life of a pod; incarnation 0 is a Go DRSM pod, which has none. What a Go document does not say of
+    it is empty."""
 
     name: str
     ip: str
     instance: str
     incarnation: int
+
+    @property
+    def is_go(self) -> bool:
+        return self.incarnation == GO_INCARNATION
 
     @property
     def key(self) -> tuple[str, int]:
@@ -44,7 +55,8 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class Drsm:
-    """The sub-document that only the agent writes."""
+    """A chunk's sub-document that only the agent writes. `go_owners` are the Go pods that it came from,
+    through     all claims: one that stood still may go on issuing from it."""
 
     pod: str
     ip: str
@@ -54,16 +66,28 @@ class Drsm:
     marked: bool = False
     hold_ms: int = 0
     request_id: str = ""
+    go_owners: tuple[str, ...] = ()
+
+    @property
+    def owner(self) -> Owner:
+        return Owner(self.pod, self.ip, self.instance, self.incarnation)
+
+    @property
+    def document(self) -> Document:
+        fields = _fields(self)
+        if not self.go_owners:  # as a rule, and there may be a million chunks
+            del fields["go_owners"]
+        return fields
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A chunk document as it stands, the stale parts included."""
+    """A chunk document as it stands, the stale parts included. None: a Go document without the field."""
 
     n: int
     pod: str
-    ip: str
-    instance: str
+    ip: str | None
+    instance: str | None
     drsm: Drsm | None = None
 
     @property
@@ -77,7 +101,8 @@ class Chunk:
     @property
     def owner(self) -> Owner:
         drsm = self.valid
-        return Owner(self.pod, self.ip, self.instance, drsm.incarnation if drsm else GO_INCARNATION)
+        incarnation = drsm.incarnation if drsm else GO_INCARNATION
+        return Owner(self.pod, self.ip or "", self.instance or "", incarnation)
 
     @property
     def grant(self) -> str:
@@ -96,37 +121,103 @@ class Chunk:
         return drsm.request_id if (drsm := self.valid) else ""
 
     @property
+    def go_owners(self) -> tuple[str, ...]:
+        """The Go pods that it came from, but for the one that owns it now."""
+        return self.drsm.go_owners if self.drsm else ()
+
+    @property
     def document(self) -> Document:
         key = chunk_key(self.n)
-        document = {
-            "_id": key,
-            "type": "chunk",
-            "chunkId": key,
-            "podId": self.pod,
-            "podInstance": self.instance,
-            "podIp": self.ip,
-        }
-        return document | ({"drsm": _fields(self.drsm)} if self.drsm else {})
+        document = {"_id": key, "type": "chunk", "chunkId": key, "podId": self.pod}
+        if self.instance is not None:
+            document["podInstance"] = self.instance
+        if self.ip is not None:
+            document["podIp"] = self.ip
+        return document | ({"drsm": self.drsm.document} if self.drsm else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A Go pod, and whether it is known to be down."""
+
+    owner: Owner
+    down: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Keepalive:
-    """A pod's keepalive document in one pool: a Go pod's life, or the mirror of a session."""
+    """A pod's keepalive document in one pool. Its `instance` says whose it is: a Go pod's own, or the
+    agent's, for an SDK pod (its mirror) or for a Go pod that has none and is silent (incarnation 0).
+
+    The times are as they were written: `expire_at` by whoever wrote last. On a Go pod's own the agent
+    writes `pushed`, equal to `expire_at` while it is the agent that has put it off; and `silent`, equal to
+    `expire_at` once that stood unchanged for too long. A renewal changes `expire_at`, and ends both. On one
+    of its own the agent writes `silent` while a Go pod of the name owns chunks and is down.
+    """
 
     pod: str
-    ip: str
-    instance: str
-    drsm: Drsm | None = None
-    expire_at: Any = field(default=None, compare=False)
-    """As it was written: what a delete of a silent Go pod's keepalive has to find."""
+    ip: str | None
+    instance: str | None
+    owner: Owner | None = None
+    expire_at: Any = None
+    pushed: Any = None
+    silent: Any = None
+
+    @property
+    def mirrored(self) -> Owner | None:
+        """The incarnation that the agent shows by it; None for a Go pod's own."""
+        owner = self.owner
+        return owner if owner and self.instance == our_instance(owner) else None
 
     @property
     def go_owner(self) -> Owner | None:
-        """The Go pod that wrote it, or None when it mirrors a session."""
-        drsm = self.drsm
-        if drsm and (drsm.pod, drsm.ip, drsm.instance) == (self.pod, self.ip, self.instance):
+        """The Go pod that wrote it, alive or not; None for one of the agent's."""
+        if self.mirrored:
             return None
-        return Owner(self.pod, self.ip, self.instance, GO_INCARNATION)
+        return Owner(self.pod, self.ip or "", self.instance or "", GO_INCARNATION)
+
+    @property
+    def go_told(self) -> "Told | None":
+        """What it says of the Go pod of its name."""
+        owner = self.go_owner or (self.owner and replace(self.owner, incarnation=GO_INCARNATION))
+        return Told(owner, self.go_down) if owner and (self.go_down or self.mirrored is None) else None
+
+    @property
+    def go_down(self) -> bool:
+        """Whether it says that the Go pod of its name is down."""
+        if mirrored := self.mirrored:
+            return mirrored.is_go or self.silent is not None
+        return self.silent is not None and self.silent == self.expire_at
+
+    @property
+    def by_go(self) -> bool:
+        """Whether a Go pod's renewal was the last that put its end off."""
+        return self.mirrored is None and (self.pushed is None or self.pushed != self.expire_at)
+
+    @property
+    def document(self) -> Document:
+        """As much of it as matters, but for the `_id`."""
+        document: Document = {"type": "keepalive", "podId": self.pod, "expireAt": self.expire_at}
+        if self.ip is not None:
+            document["podIp"] = self.ip
+        if self.instance is not None:
+            document["podInstance"] = self.instance
+        drsm = owner_fields(self.owner) if self.owner else {}
+        drsm |= {
+            name: at for name, at in (("pushed", self.pushed), ("silent", self.silent)) if at is not None
+        }
+        return document | ({"drsm": drsm} if drsm else {})
+
+
+def our_instance(owner: Owner) -> str:
+    """The `podInstance` of the keepalive that shows an incarnation: never one that a Go pod has, so that its
+    `DeletePod` finds no living pod of ours."""
+    return _OURS.format(owner.name, owner.incarnation)
+
+
+def owner_fields(owner: Owner) -> Document:
+    """An incarnation as `drsm` has it."""
+    return {"pod": owner.name, "ip": owner.ip, "instance": owner.instance, "incarnation": owner.incarnation}
 
 
 OPENED, LIVE, DEAD = "opened", "live", "dead"
@@ -187,33 +278,42 @@ def chunk_number(key: str) -> int | None:
 
 def read_chunk(document: Mapping[str, Any]) -> Chunk | None:
     """The chunk in a pool's document, or None when it is not one, or not readable as one."""
-    n = chunk_number(str(document.get("_id")))
-    texts = [document.get(name) for name in ("podId", "podIp", "podInstance")]
-    if n is None or not all(isinstance(text, str) for text in texts):
+    n, pod = chunk_number(str(document.get("_id"))), document.get("podId")
+    if n is None or not isinstance(pod, str):
         return None
     try:
-        pod, ip, instance = _who(*texts)
+        return Chunk(
+            n=n,
+            pod=_text(pod, POD_NAME_MAX),
+            ip=_text_or_none(document.get("podIp"), IP_MAX),
+            instance=_text_or_none(document.get("podInstance"), INSTANCE_MAX),
+            drsm=_read_drsm(document.get("drsm")),
+        )
     except ValueError:
         return None
-    return Chunk(n=n, pod=pod, ip=ip, instance=instance, drsm=_read_drsm(document.get("drsm")))
 
 
 def read_keepalive(document: Mapping[str, Any]) -> Keepalive | None:
     """The keepalive in a pool's document, or None when it is none, or not readable as one."""
     if document.get("type") != "keepalive":
         return None
+    drsm = document.get("drsm")
+    beside = drsm if isinstance(drsm, Mapping) else {}
     try:
         _text(document.get("_id"), POD_NAME_MAX)  # it is part of the token that an event carries
-        pod, ip, instance = _who(*(document.get(name) or "" for name in ("podId", "podIp", "podInstance")))
+        keepalive = Keepalive(
+            pod=_text(document.get("podId") or "", POD_NAME_MAX),
+            ip=_text_or_none(document.get("podIp"), IP_MAX),
+            instance=_text_or_none(document.get("podInstance"), max(INSTANCE_MAX, _OURS_MAX)),
+            owner=_read_owner(beside),
+            expire_at=document.get("expireAt"),
+            pushed=beside.get("pushed"),
+            silent=beside.get("silent"),
+        )
     except ValueError:
         return None
-    return Keepalive(
-        pod=pod,
-        ip=ip,
-        instance=instance,
-        drsm=_read_drsm(document.get("drsm")),
-        expire_at=document.get("expireAt"),
-    )
+    wide = keepalive.mirrored is None and len(keepalive.instance or "") > INSTANCE_MAX
+    return None if wide else keepalive
 
 
 def read_session(document: Mapping[str, Any]) -> Session | None:
@@ -258,6 +358,15 @@ def _text(value: Any, longest: int) -> str:
     return text
 
 
+def _text_or_none(value: Any, longest: int) -> str | None:
+    """The same; None for what is not there. Raises ValueError for what is no text."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ValueError(f"expected text, found {type(value).__name__}")  # noqa: TRY004  # as for all others
+    return _text(value, longest)
+
+
 def _who(pod: Any, ip: Any, instance: Any) -> tuple[str, str, str]:
     return _text(pod, POD_NAME_MAX), _text(ip, IP_MAX), _text(instance, INSTANCE_MAX)
 
@@ -276,9 +385,24 @@ def _read_drsm(value: Any) -> Drsm | None:
             marked=bool(value.get("marked", False)),
             hold_ms=_whole(value.get("hold_ms", 0)),
             request_id=_text(value.get("request_id", ""), REQUEST_ID_MAX),
+            go_owners=_read_names(value.get("go_owners")),
         )
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
+
+
+def _read_owner(value: Mapping[str, Any]) -> Owner | None:
+    """The incarnation in a keepalive's `drsm`; None where there is none."""
+    try:
+        return Owner(*_who(value["pod"], value["ip"], value["instance"]), _whole(value["incarnation"]))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+
+
+def _read_names(value: Any) -> tuple[str, ...]:
+    """The last so many names of a list."""
+    names = value if isinstance(value, list | tuple) else ()
+    return tuple(_text(name, POD_NAME_MAX) for name in names[-GO_OWNERS_MAX:])
 
 
 def merge(document: Document, updated: Mapping[str, Any], removed: tuple[str, ...] = ()) -> Document:

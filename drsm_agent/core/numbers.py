@@ -1,11 +1,13 @@
-"""Which free chunk number is granted next: never-used ones ascending, then the one free longest.
+"""Which free chunk number is granted next: never-used ones ascending, then the one free longest. Beside Go
+pods, which never forget a number and spin once they know all, the lowest that was used before.
 
 A pool of 2**54 chunks costs what is in use, not what is possible: the never-used numbers are a
 counter. Numbers that were free below it when this leader started come last, as nobody knows since when.
 """
 
 from bisect import bisect_right
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
+from heapq import nsmallest
 
 
 class FreeNumbers:
@@ -53,3 +55,29 @@ class FreeNumbers:
         """`n`, or the first number after the barren run that it lies in."""
         at = bisect_right(self._barren_from, n) - 1
         return self._barren[at][1] + 1 if at >= 0 and n <= self._barren[at][1] else n
+
+
+KNOWN_SHARE = 0.75
+"""Of its range a Go pod may know so much: it draws numbers until it finds one that it does not know, and with
+three quarters known that takes four draws."""
+
+
+def beside_go(
+    count: int,
+    capacity: int,
+    owned: Container[int],
+    known: Collection[int],
+    known_free: Collection[int],
+) -> list[int]:
+    """Up to `count` free numbers of a pool that Go pods use too: first the lowest of those that they know,
+    then the lowest never used, as long as they know less than `KNOWN_SHARE` of all. The same whichever leader
+    decides: who knows nothing of what was used before finds it among the lowest."""
+    taken = nsmallest(count, (n for n in known_free if n < capacity and n not in owned))
+    chosen, fresh = set(taken), min(count - len(taken), int(KNOWN_SHARE * capacity) - len(known))
+    for n in range(capacity):
+        if fresh <= 0:
+            break
+        if n not in owned and n not in chosen:
+            taken.append(n)
+            fresh -= 1
+    return taken

@@ -61,8 +61,6 @@ def changed_pool(stored: Document | None, configured: Document) -> bool:
 def _faults(old: Document, new: Document, in_the_way: Sequence[str]) -> Iterator[str]:
     if new["revision"] <= old["revision"]:
         yield f"a change needs a revision above {old['revision']}: raise {_revision_of(str(old['_id']))}"
-    if old.get("database") != new.get("database"):
-        yield "database cannot change"
     if in_the_way:
         more = len(in_the_way) - NAMED_MAX
         named = ", ".join(in_the_way[:NAMED_MAX]) + (f" and {more} more" if more > 0 else "")

@@ -20,6 +20,9 @@ V = TypeVar("V")
 
 SESSIONS = "drsm_sessions"
 STAMPS = "drsm_stamps"
+SILENT, DELETED = "silent", "deleted"
+"""Why a Go pod is down: its keepalive stands unchanged, or was deleted. After the latter it is unknown
+whether one that has chunks is about to renew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +58,20 @@ class Held:
     checksum: int = 0
 
 
+LIVING, GONE, UNKNOWN = "live", "down", "unknown"
+"""What an owner's state may be, in snapshots and at consumers."""
+
+
 @dataclass(slots=True)
 class PoolTable:
-    """One pool: its chunks, who holds which, and what of it a consumer must have heard."""
+    """One pool: its chunks, who holds which, and what of it a consumer must have heard.
+
+    Of Go pods `live` has those with a keepalive that is not known to be silent, `down` those of which a
+    keepalive says that they are, and `go_keepalives` counts their own. `signs` counts, by name, what shows
+    that one lives: its renewals, and chunks that it has allocated or claimed. `from_go` are the SDK pods'
+    chunks that came from each of them. `known` are the numbers that Go pods have seen owned and never take
+    again, `known_free` those that nobody owns now; both are empty while there is no Go pod.
+    """
 
     name: str
     version: Version
@@ -67,12 +81,40 @@ class PoolTable:
     requests: dict[str, dict[int, None]] = field(default_factory=dict)
     keepalives: dict[str, Keepalive] = field(default_factory=dict)
     live: dict[tuple[str, int], Owner] = field(default_factory=dict)
+    down: dict[tuple[str, int], Owner] = field(default_factory=dict)
+    signs: dict[str, int] = field(default_factory=dict, compare=False)
+    from_go: dict[str, dict[int, None]] = field(default_factory=dict)
+    known: set[int] = field(default_factory=set, compare=False)
+    known_free: set[int] = field(default_factory=set, compare=False)
+    go_keepalives: int = 0
+    go_chunks: int = 0
     checksum: int = 0
 
+    @property
+    def has_go(self) -> bool:
+        """Whether a Go pod has a keepalive here, or a chunk."""
+        return bool(self.go_keepalives or self.go_chunks)
+
     def owners(self) -> dict[tuple[str, int], Owner]:
-        """Every pod that is up or owns a chunk."""
-        owning = {key: self.chunks[next(iter(held.numbers))].owner for key, held in self.held.items()}
-        return owning | self.live
+        """Every pod that is up or owns a chunk, and Go pods that are known to be down."""
+        owning = {
+            key: self.shown(self.chunks[next(iter(held.numbers))].owner) for key, held in self.held.items()
+        }
+        return owning | self.down | self.live
+
+    def shown(self, owner: Owner) -> Owner:
+        """An owner as consumers know it. A Go pod that has started anew elsewhere under its name has its old
+        chunks too, and its keepalive says where."""
+        if owner.is_go:
+            return self.live.get(owner.key) or self.down.get(owner.key) or owner
+        return owner
+
+    def state(self, owner: Owner) -> str:
+        """`live`, `down`, or `unknown`: a Go pod that has chunks and of which no keepalive says anything. It
+        has none in its first five seconds, and none once MongoDB has deleted it."""
+        if owner.key in self.live:
+            return LIVING
+        return UNKNOWN if owner.is_go and owner.key not in self.down else GONE
 
     def orphans(self) -> Iterator[Chunk]:
         """Chunks whose owner is not up."""
@@ -96,6 +138,11 @@ class Table:
         self._by_request: dict[tuple[str, str], dict[int, Session]] = {}
         self.stamp: Document = {}
         self.applied = 0
+
+    @property
+    def seconds(self) -> int:
+        """The database's time at the last change, in seconds since the epoch."""
+        return self._last_at >> 32
 
     def load(self, space: str, documents: Iterable[Document]) -> None:
         """Take in what was read at the table's first cluster time. No events come of it."""
@@ -162,7 +209,8 @@ class Table:
         if n is not None:
             chunk = pool.chunks.get(n)
             return chunk.document if chunk else {"_id": key}
-        return _keepalive_document(key, pool.keepalives.get(key))
+        keepalive = pool.keepalives.get(key)
+        return {"_id": key} | (keepalive.document if keepalive else {})
 
     def _put(
         self, space: str, key: str, document: Document | None, version: Version, token: str = ""
@@ -183,14 +231,21 @@ class Table:
     ) -> list[Event]:
         old = pool.chunks.get(n)
         self._index(pool, old, new)
+        if new is not None and new.owner.is_go and (old is None or old.owner != new.owner):
+            self._sign(pool, new.pod)
+        _note_known(pool, old, new)
         if old is None and new is None:
             return []
         if old is None:
             return (
-                [self._event(pool, ev.ALLOCATED, version, token, owner=new.owner, chunks=(n,))] if new else []
+                [self._event(pool, ev.ALLOCATED, version, token, owner=pool.shown(new.owner), chunks=(n,))]
+                if new
+                else []
             )
         if new is None:
-            return [self._event(pool, ev.RELEASED, version, token, previous=old.owner, chunks=(n,))]
+            return [
+                self._event(pool, ev.RELEASED, version, token, previous=pool.shown(old.owner), chunks=(n,))
+            ]
         if (new.owner, new.grant) != (old.owner, old.grant):
             return [
                 self._event(
@@ -198,8 +253,8 @@ class Table:
                     ev.CLAIMED,
                     version,
                     token,
-                    owner=new.owner,
-                    previous=old.owner,
+                    owner=pool.shown(new.owner),
+                    previous=pool.shown(old.owner),
                     chunks=(n,),
                     grants=(new.grant,),
                     hold_ms=new.hold_ms,
@@ -222,6 +277,9 @@ class Table:
                 del pool.held[key]
             if old.request_id:
                 _drop(pool.requests, old.request_id, old.n)
+            pool.go_chunks -= old.owner.is_go
+            for name in _came_from(old):
+                _drop(pool.from_go, name, old.n)
         if new is not None:
             key = new.owner.key
             pool.chunks[new.n] = new
@@ -233,6 +291,9 @@ class Table:
                 pool.requests.setdefault(new.request_id, {})[new.n] = None
             if new.marked:
                 pool.marked.add(new.n)
+            pool.go_chunks += new.owner.is_go
+            for name in _came_from(new):
+                pool.from_go.setdefault(name, {})[new.n] = None
         pool.checksum %= 2**64
 
     def _put_session(self, key: str, document: Document | None, version: Version, token: str) -> list[Event]:
@@ -264,12 +325,34 @@ class Table:
         old = pool.keepalives.pop(key, None)
         if new:
             pool.keepalives[key] = new
-        before, after = old and old.go_owner, new and new.go_owner
+            if new.by_go and (old is None or not old.by_go or old.expire_at != new.expire_at):
+                self._sign(pool, new.pod)
+        for keepalive, step in ((old, -1), (new, 1)):
+            pool.go_keepalives += step if keepalive and keepalive.go_owner else 0
+        _note_known(pool)
+        return self._judged(pool, old, new, version, token)
+
+    def _judged(
+        self, pool: PoolTable, old: Keepalive | None, new: Keepalive | None, version: Version, token: str
+    ) -> list[Event]:
+        """What consumers must hear of a Go pod, whose state is a function of the documents
+        (`PoolTable.state`)."""
+        before, after = old and old.go_told, new and new.go_told
         if before == after:
             return []
-        if after:  # also a pod that came back with another address: one change is one event
-            return self._up(pool, after, version, token)
-        return self._down(pool, before, "deleted", version, token) if before else []
+        if before:
+            pool.live.pop(before.owner.key, None)
+            pool.down.pop(before.owner.key, None)
+        if after and not after.down:  # also one that comes back with another address: one change is one event
+            return self._up(pool, after.owner, version, token)
+        if after:
+            pool.down[after.owner.key] = after.owner
+            return self._down(pool, after.owner, SILENT, version, token)
+        return self._down(pool, _of_chunks(pool, before.owner), DELETED, version, token) if before else []
+
+    @staticmethod
+    def _sign(pool: PoolTable, name: str) -> None:
+        pool.signs[name] = pool.signs.get(name, 0) + 1
 
     def _up(self, pool: PoolTable, owner: Owner, version: Version, token: str) -> list[Event]:
         pool.live[owner.key] = owner
@@ -292,19 +375,28 @@ def _drop(index: dict[K, dict[int, V]], key: K, n: int) -> None:
         del index[key]
 
 
-def _keepalive_document(key: str, known: Keepalive | None) -> Document:
-    """As much of a keepalive as matters."""
-    document: Document = {"_id": key}
-    if known is None:
-        return document
-    document |= {"type": "keepalive", "podId": known.pod, "podIp": known.ip, "podInstance": known.instance}
-    document["expireAt"] = known.expire_at
-    drsm = known.drsm
-    if drsm:
-        document["drsm"] = {
-            "pod": drsm.pod,
-            "ip": drsm.ip,
-            "instance": drsm.instance,
-            "incarnation": drsm.incarnation,
-        }
-    return document
+def _of_chunks(pool: PoolTable, owner: Owner) -> Owner:
+    """A Go pod as its chunks name it, if it has some."""
+    held = pool.held.get(owner.key)
+    return pool.chunks[next(iter(held.numbers))].owner if held else owner
+
+
+def _came_from(chunk: Chunk) -> tuple[str, ...]:
+    """The Go pods that an SDK pod's chunk came from."""
+    return () if chunk.owner.is_go else chunk.go_owners
+
+
+def _note_known(pool: PoolTable, old: Chunk | None = None, new: Chunk | None = None) -> None:
+    """A Go pod that starts learns the numbers that are owned, and from then on each that is granted."""
+    if not pool.has_go:
+        pool.known.clear()
+        pool.known_free.clear()
+        return
+    if not pool.known:
+        pool.known.update(pool.chunks)
+    if old is not None:
+        pool.known.add(old.n)
+        pool.known_free.add(old.n)
+    if new is not None:
+        pool.known.add(new.n)
+        pool.known_free.discard(new.n)

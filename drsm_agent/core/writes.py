@@ -14,6 +14,8 @@ from typing import Any
 
 from drsm_agent.core.documents import (
     DEAD,
+    GO_INCARNATION,
+    GO_OWNERS_MAX,
     LIVE,
     OPENED,
     Chunk,
@@ -23,6 +25,8 @@ from drsm_agent.core.documents import (
     Owner,
     Session,
     chunk_key,
+    our_instance,
+    owner_fields,
     session_key,
 )
 from drsm_agent.core.table import SESSIONS, STAMPS
@@ -129,6 +133,9 @@ def _session_guard(pod: str, incarnation: int, term: int) -> Document:
 
 # --- Chunks -------------------------------------------------------------------------------------
 
+_NOBODYS = Drsm("", "", "", GO_INCARNATION)
+"""A `drsm` that is stale whoever owns the chunk, beside which `go_owners` are kept."""
+
 
 def allocate(pool: str, n: int, owner: Owner, grant: str, request_id: str) -> Insert:
     """A free chunk to a pod. `_id` decides between two that picked the same number."""
@@ -136,8 +143,9 @@ def allocate(pool: str, n: int, owner: Owner, grant: str, request_id: str) -> In
 
 
 def claim(pool: str, orphan: Chunk, owner: Owner, grant: str, hold_ms: int) -> Update:
-    """An orphan to a living pod, marked: what its former owners issued is not yet known."""
-    drsm = Drsm(*_who(owner), grant=grant, marked=True, hold_ms=hold_ms)
+    """An orphan to a living pod, marked: what its former owners issued is not yet known. Also a chunk to its
+    own owner anew, when a Go pod that it came from goes on issuing from it."""
+    drsm = Drsm(*_who(owner), grant=grant, marked=True, hold_ms=hold_ms, go_owners=_came_from(orphan))
     fields = _owned(orphan.n, owner, drsm).document
     changed = {name: fields[name] for name in ("podId", "podIp", "podInstance", "drsm")}
     return Update(pool, _chunk_guard(orphan), set=changed)
@@ -147,12 +155,43 @@ def put_back(
     pool: str, n: int, seen: Chunk | None, owner: Owner, *, grant: str, hold_ms: int | None
 ) -> Insert | Update:
     """After a restore: a chunk to the pod that holds it; marked, with a hold, unless `hold_ms` is None."""
-    drsm = Drsm(*_who(owner), grant=grant, marked=hold_ms is not None, hold_ms=hold_ms or 0)
+    drsm = Drsm(
+        *_who(owner),
+        grant=grant,
+        marked=hold_ms is not None,
+        hold_ms=hold_ms or 0,
+        go_owners=_came_from(seen) if seen else (),
+    )
     fields = _owned(n, owner, drsm).document
     if seen is None:
         return Insert(pool, fields)
     changed = {name: fields[name] for name in ("podId", "podIp", "podInstance", "drsm")}
     return Update(pool, _chunk_guard(seen), set=changed)
+
+
+def give_back_to_go(pool: str, chunk: Chunk, go: Owner) -> Update:
+    """A chunk to the Go pod that it came from and that lives after all, while nothing was issued from it
+    since its claim."""
+    return _to_go(pool, chunk, go, _chunk_guard(chunk) | {"drsm.marked": True})
+
+
+def leave_to_go(pool: str, chunk: Chunk, go: Owner) -> Update:
+    """A dead pod's chunk to the Go pod that lives under its name, to which Go pods route it already."""
+    return _to_go(pool, chunk, go, _chunk_guard(chunk))
+
+
+def remember_go(pool: str, chunk: Chunk, former: str) -> Update:
+    """A Go pod has claimed a chunk of another Go pod, which may have stood still: it came from both."""
+    drsm = chunk.drsm or _NOBODYS
+    drsm = replace(drsm, go_owners=_adding(drsm, former))
+    return Update(pool, _chunk_guard(chunk), set={"drsm": drsm.document})
+
+
+def _to_go(pool: str, chunk: Chunk, go: Owner, guard: Document) -> Update:
+    """As if the Go pod had claimed it. What `drsm` is left with is nobody's, also where name, address and
+    instance are those of the pod that had it."""
+    who = {"podId": go.name, "podIp": go.ip, "podInstance": go.instance}
+    return Update(pool, guard, set=who | {"drsm": replace(_NOBODYS, go_owners=chunk.go_owners).document})
 
 
 def release(pool: str, chunk: Chunk) -> Delete:
@@ -167,7 +206,8 @@ def clear_mark(pool: str, chunk: Chunk) -> Update:
 
 
 def _chunk_guard(chunk: Chunk) -> Document:
-    """The owner as it was seen: pod, incarnation and grant, or a Go pod and the `drsm` it left."""
+    """The owner as it was seen: pod, incarnation and grant, or a Go pod and the `drsm` it left. None matches
+    a field that is not there."""
     guard: Document = {
         "_id": chunk_key(chunk.n),
         "podId": chunk.pod,
@@ -179,6 +219,16 @@ def _chunk_guard(chunk: Chunk) -> Document:
     return guard | {"drsm.incarnation": chunk.drsm.incarnation, "drsm.grant": chunk.drsm.grant}
 
 
+def _came_from(chunk: Chunk) -> tuple[str, ...]:
+    """The Go pods that the next owner's chunk comes from."""
+    return _adding(chunk.drsm, chunk.pod) if chunk.owner.is_go else chunk.go_owners
+
+
+def _adding(drsm: Drsm | None, name: str) -> tuple[str, ...]:
+    names = drsm.go_owners if drsm else ()
+    return (*(one for one in names if one != name), name)[-GO_OWNERS_MAX:]
+
+
 def _owned(n: int, owner: Owner, drsm: Drsm) -> Chunk:
     return Chunk(n=n, pod=owner.name, ip=owner.ip, instance=owner.instance, drsm=drsm)
 
@@ -187,57 +237,64 @@ def _who(owner: Owner) -> tuple[str, str, str, int]:
     return (owner.name, owner.ip, owner.instance, owner.incarnation)
 
 
-# --- Keepalive mirrors ----------------------------------------------------------------------------
+# --- Keepalives -----------------------------------------------------------------------------------
+#
+# Whose a keepalive is says its `podInstance`, and whether anybody has renewed it since says its `expireAt`:
+# every guard names both as they were seen. Each is a plain insert, update or delete; none is an upsert, as
+# a renewal must not revive what Go pods have seen deleted.
 
 
 def mirror_keepalive(pool: str, owner: Owner, expire_at: Any) -> Insert:
-    """A session as Go pods see it. Inserted, never upserted: a renewal must not revive it."""
-    document = {
-        "_id": owner.name,
+    """An incarnation as Go pods see it; of incarnation 0 a stand-in for a Go pod that has none any more."""
+    return Insert(pool, {"_id": owner.name} | _mirror(owner, expire_at))
+
+
+def take_over_keepalive(pool: str, seen: Keepalive, owner: Owner, expire_at: Any) -> Update:
+    """The mirror of an older incarnation, or a silent Go pod's keepalive, becomes the mirror of this one. In
+    one write: a Go pod that saw it deleted would claim the chunks of everybody with this name."""
+    fields = _mirror(owner, expire_at)
+    if seen.mirrored is None:
+        fields["drsm"] |= {"silent": seen.expire_at}
+    return Update(pool, _keepalive_guard(owner.name, seen), set=fields)
+
+
+def prolong_keepalive(pool: str, seen: Keepalive, expire_at: Any, *, keep_silent: bool = True) -> Update:
+    """Put off the end of a mirror. Without `keep_silent` it says no more that a Go pod of the name is
+    down."""
+    drsm = {} if keep_silent or seen.owner is None else {"drsm": owner_fields(seen.owner)}
+    return Update(pool, _keepalive_guard(seen.pod, seen), set={"expireAt": expire_at} | drsm)
+
+
+def push_keepalive(pool: str, key: str, seen: Keepalive, expire_at: Any) -> Update:
+    """Put off the end of a Go pod's keepalive, beside which a pod of ours begins."""
+    changed = {"expireAt": expire_at, "drsm": {"pushed": expire_at}}
+    return Update(pool, _keepalive_guard(key, seen), set=changed)
+
+
+def note_silence(pool: str, key: str, seen: Keepalive) -> Update:
+    """The Go pod of this name is down: its keepalive stood unchanged, or is not there, or is a mirror."""
+    drsm = seen.document.get("drsm", {}) | {"silent": seen.expire_at}
+    return Update(pool, _keepalive_guard(key, seen), set={"drsm": drsm})
+
+
+def delete_keepalive(pool: str, key: str, seen: Keepalive) -> Delete:
+    """Go pods that see it claim the chunks that name it."""
+    return Delete(pool, _keepalive_guard(key, seen))
+
+
+def _mirror(owner: Owner, expire_at: Any) -> Document:
+    return {
         "type": "keepalive",
         "podId": owner.name,
         "podIp": owner.ip,
-        "podInstance": owner.instance,
+        "podInstance": our_instance(owner),
         "expireAt": expire_at,
-        "drsm": _copies(owner),
-    }
-    return Insert(pool, document)
-
-
-def prolong_mirror(pool: str, owner: Owner, expire_at: Any) -> Update:
-    return Update(pool, _mirror_guard(owner), set={"expireAt": expire_at})
-
-
-def hand_over_mirror(pool: str, former: Owner, owner: Owner, expire_at: Any) -> Update:
-    """A newer incarnation of the name takes the place. In one write: a Go pod that saw the keepalive
-    deleted would claim the chunks of everybody with this name."""
-    fields = mirror_keepalive(pool, owner, expire_at).document
-    return Update(pool, _mirror_guard(former), set={name: fields[name] for name in fields if name != "_id"})
-
-
-def delete_mirror(pool: str, owner: Owner) -> Delete:
-    return Delete(pool, _mirror_guard(owner))
-
-
-def delete_keepalive(pool: str, key: str, silent: Keepalive) -> Delete:
-    """The death of a Go pod: filtered by the `expireAt` that was seen, so a renewal meanwhile wins."""
-    return Delete(pool, {"_id": key, "type": "keepalive", "expireAt": silent.expire_at})
-
-
-def _mirror_guard(owner: Owner) -> Document:
-    """A Go pod of the same name leaves `drsm` stale: the document is a mirror while the copies agree."""
-    return {
-        "_id": owner.name,
-        "type": "keepalive",
-        "podIp": owner.ip,
-        "podInstance": owner.instance,
-        "drsm.incarnation": owner.incarnation,
+        "drsm": owner_fields(owner),
     }
 
 
-def _copies(owner: Owner) -> Document:
-    fields = asdict(owner)
-    return {"pod": fields.pop("name")} | fields
+def _keepalive_guard(key: str, seen: Keepalive) -> Document:
+    return {"_id": key, "type": "keepalive", "podInstance": seen.instance, "expireAt": seen.expire_at}
 
 
 # --- The lead, the position, the stamp ------------------------------------------------------------

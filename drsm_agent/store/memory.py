@@ -46,6 +46,8 @@ class MemoryStore:
         self._waiting: list[asyncio.Future[None]] = []
         """Change streams that are at the end of the oplog."""
         self._closed = False
+        self._ttl: dict[str, int] = {}
+        """After how many seconds beyond `expireAt` documents of a space are to be deleted."""
 
     async def write(self, writes: Sequence[Write]) -> Outcome:
         await self._reach()
@@ -73,6 +75,22 @@ class MemoryStore:
         await self._reach()
         spaces = {space: self._documents(space) for space in self._followed}
         return Snapshot(self._now, spaces)
+
+    async def ttl(self, space: str) -> int | None:
+        await self._reach()
+        return self._ttl.get(space)
+
+    async def has_chunks(self, space: str, database: str | None = None) -> bool:
+        await self._reach()
+        return database is None and any(key.startswith("chunkid-") for key in self._spaces[space])
+
+    async def has_go(self, space: str) -> bool:
+        await self._reach()
+        return any(document.get("drsm") is None for document in self._spaces[space].values())
+
+    async def elsewhere(self, spaces: Sequence[str]) -> dict[str, list[str]]:
+        await self._reach()
+        return {}
 
     def changes(self, *, after: int | None = None, token: str | None = None) -> AsyncGenerator[Batch, None]:
         return self._batches(self._position(after, token))

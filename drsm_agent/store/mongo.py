@@ -7,7 +7,8 @@ own retries together.
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from itertools import product
 from typing import Any, Self
 
 import pymongo
@@ -19,7 +20,7 @@ from pymongo.server_description import ServerDescription
 from drsm_agent.core.documents import Document
 from drsm_agent.core.table import STAMPS
 from drsm_agent.core.writes import Delete, Insert, Outcome, Update, Write
-from drsm_agent.errors import Misconfigured
+from drsm_agent.errors import Misconfigured, StoreUnavailable
 from drsm_agent.ports import Batch, Snapshot
 from drsm_agent.store import check
 from drsm_agent.store.change_stream import ChangeStream, cluster_time, start_at, timestamp
@@ -33,6 +34,10 @@ CONNECTIONS = 10  # Motor's threads are no more on two cores; one of them is the
 READ_BATCH = 1000  # documents: a batch keeps the event loop for some 10 ms
 SNAPSHOT_ATTEMPTS = 5  # a collection made since the snapshot's time cannot be read at it, only at a later one
 DUPLICATE_KEY, SNAPSHOT_UNAVAILABLE = 11000, 246
+SYSTEM = {"admin", "config", "local"}
+DATABASES_MAX = 100  # that are looked into for a Go fleet; a read each, within one time-out for all
+A_CHUNK = {"_id": {"$gte": "chunkid-", "$lt": "chunkid."}}  # a range of the index on _id
+OF_GO = {"type": {"$in": ["chunk", "keepalive"]}, "drsm": None}
 
 _Operation = InsertOne[Document] | UpdateOne | UpdateMany | DeleteOne
 
@@ -105,6 +110,36 @@ class MongoStore:
                         raise
             return await self._snapshot()
 
+    async def ttl(self, space: str) -> int | None:
+        with answering(f"the indexes of {space}"), pymongo.timeout(self._timeout):
+            indexes = await self._collection(space).index_information()
+        after = [i["expireAfterSeconds"] for i in indexes.values() if _is_ttl(i)]
+        return int(after[0]) if after else None
+
+    async def has_chunks(self, space: str, database: str | None = None) -> bool:
+        collection = self._client[database or self._databases[space]][space]
+        with answering(f"a look at {space}"), pymongo.timeout(self._timeout):
+            return await collection.find_one(A_CHUNK, {"_id": 1}) is not None
+
+    async def has_go(self, space: str) -> bool:
+        with answering(f"a look at {space}"), pymongo.timeout(self._timeout):
+            return await self._collection(space).find_one(OF_GO, {"_id": 1}) is not None
+
+    async def elsewhere(self, spaces: Sequence[str]) -> dict[str, list[str]]:
+        """Not being allowed to look is no fault, nor that it takes long."""
+        found: dict[str, list[str]] = {}
+        with suppress(PyMongoError, StoreUnavailable), pymongo.timeout(self._timeout):
+            listed = await self._client.admin.command(
+                {"listDatabases": 1, "nameOnly": True, "authorizedDatabases": True}
+            )
+            names = sorted({database["name"] for database in listed["databases"]} - SYSTEM)[:DATABASES_MAX]
+            for space, name in product(spaces, names):
+                if name != self._databases[space]:
+                    with suppress(StoreUnavailable):
+                        if await self.has_chunks(space, name):
+                            found.setdefault(space, []).append(name)
+        return found
+
     def changes(self, *, after: int | None = None, token: str | None = None) -> AsyncGenerator[Batch, None]:
         return self._stream.batches(start_at(after, token))
 
@@ -133,6 +168,10 @@ class MongoStore:
                 await cursor.more(READ_BATCH)
                 documents += [plain(document) for document in cursor.batch]
         return documents
+
+
+def _is_ttl(index: Mapping[str, Any]) -> bool:
+    return "expireAfterSeconds" in index and [name for name, _ in index["key"]] == ["expireAt"]
 
 
 def _client_options(timeout: float) -> Document:

@@ -70,17 +70,21 @@ async def _in_the_way(
         if before is None or not changed_pool(before, document):
             continue
         old, new = _definition(before), _definition(document)
-        if new.grows_from(old):
+        database = before.get("database", "") if before.get("database") != document.get("database") else ""
+        if new.grows_from(old) and not database:
             continue
-        moved = await _moved(store, old, new)
+        moved = await _moved(store, old, new, database)
         if not moved and document["revision"] > before["revision"]:
             await see_nobody_lead(store)
-            moved = await _moved(store, old, new)  # who led until now may have granted some
+            moved = await _moved(store, old, new, database)  # who led until now may have granted some
         found[document["_id"]] = moved
     return found
 
 
-async def _moved(store: Store, old: Definition, new: Definition) -> list[str]:
+async def _moved(store: Store, old: Definition, new: Definition, database: str) -> list[str]:
+    """`database` is the one that the pool shall leave, empty if it stays."""
+    if database:
+        return [f"chunks in database {database}"] if await store.has_chunks(old.name, database) else []
     owned = [chunk for document in await store.read(old.name) if (chunk := read_chunk(document))]
     moved = sorted((chunk.n, chunk.pod) for chunk in owned if not new.keeps(old, chunk.n))
     return [f"chunk {n} of {pod}" for n, pod in moved]

@@ -78,14 +78,20 @@ def pods(answers: Mapping[str, m.Pods]) -> str:
     rows = []
     for pool, answer in answers.items():
         for pod in sorted(answer.pods, key=lambda pod: (pod.pod.name, pod.pod.incarnation)):
-            who = (pod.pod.name, pod.pod.incarnation, pod.state, pod.pod.ip, pod.pod.instance)
-            oldest = duration(pod.use.oldest_ms) if pod.use.issued else "-"
-            use = (pod.use.issued, pod.use.released, pod.use.free, oldest, pod.use.scanning)
-            rows.append((pool, *who, pod.chunks, pod.marked, *use))
+            who = (pod.pod.name, pod.pod.incarnation, pod.state, pod.pod.ip or "-", pod.pod.instance or "-")
+            rows.append((pool, *who, pod.chunks, pod.marked, *_used(pod.use)))
     who_columns = ("pool", "pod", "incarnation", "state", "ip", "instance")
     return _table(
         (*who_columns, "chunks", "marked", "issued", "released", "free", "oldest", "scanning"), rows
     )
+
+
+def _used(use: m.Use | None) -> tuple[object, ...]:
+    """What a pod says of its stock; a Go pod says nothing."""
+    if use is None:
+        return ("-",) * 5
+    oldest = duration(use.oldest_ms) if use.issued else "-"
+    return use.issued, use.released, use.free, oldest, use.scanning
 
 
 def runs(snapshot: Snapshot) -> Iterator[Run]:
@@ -127,7 +133,7 @@ def owner(id_: int | str, answer: m.OwnerAnswer, *, issuable: bool) -> str:
         fields |= {} if issuable else {"issued": never}
     if answer.owner is not None:
         who = answer.owner
-        fields |= {"owner": who.name, "ip": who.ip, "instance": who.instance}
+        fields |= {"owner": who.name, "ip": who.ip or "-", "instance": who.instance or "-"}
         fields |= {"incarnation": who.incarnation, "state": who.state}
         fields |= {"marked": "yes: not scanned yet"} if answer.marked else {}
     return _fields(fields)

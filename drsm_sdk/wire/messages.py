@@ -275,7 +275,8 @@ class Cleared:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotOwner:
-    """An owner in a snapshot; `state` is `live`, or `down` while its chunks are about to move."""
+    """An owner in a snapshot; `state` is `live`, `down` while its chunks are about to move, or `unknown`: a
+    Go pod that has chunks and no keepalive."""
 
     name: str
     ip: str
@@ -307,7 +308,7 @@ class PodState:
     state: str
     chunks: int
     marked: int
-    use: Use
+    use: Use | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,6 +155,7 @@ async def test_pods_shows_what_they_own_and_what_they_say_of_their_stock(domain:
 
             async def heard() -> m.Use:
                 (pod,) = (await asking.ask(asking.subjects.pool(POOL, "pods"), m.Empty(), m.Pods)).pods
+                assert pod.use is not None
                 return pod.use
 
             async with asyncio.timeout(SEEN_SECONDS):

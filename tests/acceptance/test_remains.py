@@ -56,8 +56,8 @@ def cleaning(monkeypatch: pytest.MonkeyPatch) -> Cleaning:
     cleaning = Cleaning()
 
     class Mirrors(mirrors.Mirrors):
-        def __init__(self, reign: Reign) -> None:
-            super().__init__(replace(reign, clock=cleaning.clock))
+        def __init__(self, reign: Reign, *others: Any) -> None:
+            super().__init__(replace(reign, clock=cleaning.clock), *others)
 
         async def _round(self) -> None:
             await super()._round()

@@ -16,6 +16,7 @@ from drsm_agent.core.documents import (
     chunk_key,
     chunk_number,
     merge,
+    our_instance,
     read_chunk,
     read_keepalive,
     read_session,
@@ -56,7 +57,7 @@ MIRROR: dict[str, Any] = {
     "type": "keepalive",
     "podId": "amf-1",
     "podIp": "10.0.0.7",
-    "podInstance": "nf-1",
+    "podInstance": f"drsm:amf-1:{DRSM['incarnation']}",
     "drsm": {name: DRSM[name] for name in ("pod", "ip", "instance", "incarnation")},
 }
 SESSION = Session(
@@ -211,7 +212,7 @@ def test_any_other_id_has_no_number(key: str) -> None:
     assert read_chunk(GO_CHUNK | {"_id": key}) is None
 
 
-@pytest.mark.parametrize("field", ["podId", "podIp", "podInstance"])
+@pytest.mark.parametrize("field", ["podId"])
 @pytest.mark.parametrize("value", [None, 5, [], "missing"])
 def test_a_chunk_without_its_pod_is_none(field: str, value: Any) -> None:
     """No owner is made up."""
@@ -219,6 +220,34 @@ def test_a_chunk_without_its_pod_is_none(field: str, value: Any) -> None:
     if value == "missing":
         del document[field]
     assert read_chunk(document) is None
+
+
+@pytest.mark.parametrize("field", ["podIp", "podInstance"])
+def test_a_go_chunk_that_does_not_say_all_of_its_pod_is_read_as_far_as_it_goes(field: str) -> None:
+    """The original wrote fewer fields once. What is not there stays so, for the guards; nobody has text for
+    it."""
+    absent = {name: value for name, value in GO_CHUNK.items() if name != field}
+    for document in (absent, absent | {field: None}):
+        chunk = read_chunk(document)
+        assert chunk is not None
+        assert chunk.owner.is_go
+        assert (chunk.owner.ip, chunk.owner.instance).count("") == 1
+        assert field not in chunk.document
+    assert read_chunk(GO_CHUNK | {field: 5}) is None
+
+
+def test_the_go_pods_that_a_chunk_came_from_are_read_and_bounded() -> None:
+    """A list that anybody may have made longer; what is none is no reason to lose the chunk."""
+    names = [f"amf-{i}" for i in range(documents.GO_OWNERS_MAX + 2)]
+    chunk = read_chunk(OURS | {"drsm": DRSM | {"go_owners": names}})
+    assert chunk is not None
+    assert chunk.go_owners == tuple(names[2:])
+    assert chunk.document["drsm"]["go_owners"] == tuple(names[2:])
+    odds: list[Any] = [None, "amf-1", 7, {}]
+    for odd in odds:
+        chunk = read_chunk(OURS | {"drsm": DRSM | {"go_owners": odd}})
+        assert chunk is not None
+        assert (chunk.go_owners, chunk.document) == ((), OURS)
 
 
 @pytest.mark.parametrize("field", LONGEST)
@@ -254,7 +283,9 @@ def test_documents_without_an_id_are_none() -> None:
 def test_a_keepalive_of_go_drsm_is_a_go_pod() -> None:
     """With incarnation 0."""
     keepalive = read_keepalive(GO_KEEPALIVE)
-    assert keepalive == Keepalive("amf-go", "10.0.0.9", "nf-9")
+    assert keepalive == Keepalive("amf-go", "10.0.0.9", "nf-9", expire_at=GO_KEEPALIVE["expireAt"])
+    assert keepalive.by_go
+    assert not keepalive.go_down
     assert keepalive.go_owner == Owner("amf-go", "10.0.0.9", "nf-9", 0)
 
 
@@ -263,15 +294,60 @@ def test_a_mirror_is_no_go_pod() -> None:
     keepalive = read_keepalive(MIRROR)
     assert keepalive is not None
     assert keepalive.go_owner is None
+    assert keepalive.mirrored == Owner("amf-1", "10.0.0.7", "nf-1", DRSM["incarnation"])
+    assert not keepalive.by_go
 
 
-@pytest.mark.parametrize("field", ["podId", "podIp", "podInstance"])
-def test_a_mirror_that_a_go_pod_took_over_is_a_go_pod(field: str) -> None:
-    """The same rule as for chunks: the copies must agree."""
-    keepalive = read_keepalive(MIRROR | {field: "other"})
+def test_a_mirror_that_a_go_pod_of_the_same_name_address_and_instance_took_over_is_a_go_pod() -> None:
+    """It is told by what no Go pod writes: a Go pod sets its own instance, and leaves `drsm` as it was."""
+    keepalive = read_keepalive(MIRROR | {"podInstance": "nf-1"})
     assert keepalive is not None
-    assert keepalive.go_owner is not None
-    assert keepalive.go_owner.incarnation == 0
+    assert keepalive.go_owner == Owner("amf-1", "10.0.0.7", "nf-1", 0)
+
+
+def test_an_instance_that_only_looks_like_the_agents_is_a_go_pods() -> None:
+    """Another pod's, or without the copies that belong to it."""
+    odds: list[dict[str, Any]] = [{"podInstance": "drsm:amf-2:30064771077"}, {"podInstance": "drsm:amf-1:1"}]
+    odds += [{"drsm": None}, {"drsm": "text"}]
+    for odd in odds:
+        keepalive = read_keepalive(MIRROR | odd)
+        assert keepalive is not None
+        assert keepalive.go_owner is not None
+
+
+def test_the_longest_pod_has_a_mirror_that_is_read() -> None:
+    """Its instance is longer than any pod's."""
+    owner = Owner("x" * documents.POD_NAME_MAX, "ip", "i", 2**63 - 1)
+    written = {
+        "type": "keepalive",
+        "podId": owner.name,
+        "podIp": owner.ip,
+        "podInstance": our_instance(owner),
+    }
+    keepalive = read_keepalive({"_id": owner.name, "drsm": documents.owner_fields(owner)} | written)
+    assert keepalive is not None
+    assert keepalive.mirrored == owner
+
+
+@pytest.mark.parametrize(
+    ("beside", "down", "by_go"),
+    [
+        ({}, False, True),
+        ({"pushed": 9}, False, False),
+        ({"pushed": 8}, False, True),
+        ({"silent": 9}, True, True),
+        ({"silent": 8}, False, True),
+        ({"pushed": 9, "silent": 9}, True, False),
+    ],
+)
+def test_what_the_agent_wrote_beside_a_go_keepalive_counts_until_it_is_renewed(
+    beside: dict[str, int], down: bool, by_go: bool
+) -> None:
+    """Each names the end that it is about, and a renewal changes that."""
+    keepalive = read_keepalive(GO_KEEPALIVE | {"expireAt": 9, "drsm": beside})
+    assert keepalive is not None
+    assert (keepalive.go_down, keepalive.by_go) == (down, by_go)
+    assert read_keepalive({"_id": "amf-go"} | keepalive.document) == keepalive
 
 
 @pytest.mark.parametrize("kind", ["chunk", "", None, 5])

@@ -12,11 +12,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from drsm_agent.core.documents import Chunk, Drsm, Owner, Session
 from drsm_agent.core.events import ALLOCATED, CLAIMED, DOWN, RELEASED, SCANNED, UP, Event, Version, coalesce
 from drsm_agent.core.table import SESSIONS, STAMPS, Change, Hashes, Table
+from drsm_agent.core.writes import claim, mirror_keepalive
 from drsm_agent.relay import event_body
 from drsm_agent.snapshots import PoolPages
 from drsm_sdk.mirror import Mirror, Verdict
 from drsm_sdk.pods import Owner as MirrorOwner
-from drsm_sdk.snapshot import Pages
+from drsm_sdk.snapshot import Pages, Snapshot
 from drsm_sdk.wire.checksum import holding, ownership
 from drsm_sdk.wire.definition import Definition
 from drsm_sdk.wire.messages import EventHead, Stamp, Sync
@@ -53,15 +54,10 @@ def session(
 
 def keepalive(owner: Owner, *, mirror: bool = False) -> dict[str, Any]:
     """A keepalive document."""
-    document: dict[str, Any] = {
-        "_id": owner.name,
-        "type": "keepalive",
-        "podId": owner.name,
-        "podIp": owner.ip,
-    }
-    document |= {"podInstance": owner.instance, "expireAt": 0}
-    copies = {"pod": owner.name, "ip": owner.ip, "instance": owner.instance, "incarnation": owner.incarnation}
-    return document | ({"drsm": copies} if mirror else {})
+    if mirror:
+        return mirror_keepalive("amfid", owner, 0).document
+    document = {"_id": owner.name, "type": "keepalive", "podId": owner.name, "podIp": owner.ip}
+    return document | {"podInstance": owner.instance, "expireAt": 0}
 
 
 def put(space: str, document: dict[str, Any], at: int, token: str = "") -> Change:
@@ -187,7 +183,7 @@ def test_a_chunk_that_becomes_unreadable_is_nobodys() -> None:
     events = fold(
         made(),
         put("amfid", document, 101),
-        delta("amfid", "chunkid-5", 102, {"podIp": None}),
+        delta("amfid", "chunkid-5", 102, {"podId": None}),
         put("amfid", document, 103),
     )
     assert [(event.kind, event.owner or event.previous) for event in events] == [
@@ -380,15 +376,119 @@ def test_a_go_pod_with_another_address_is_up_anew() -> None:
 
 
 def test_a_go_pod_that_takes_a_mirrors_name_is_up() -> None:
-    """Its fields are not those of the session any more; and back."""
-    table, go = made(), Owner("amf-1", "10.9.9.9", "nf-1", 0)
+    """Also one with the session's own address and instance, which is all that its write changes; and back."""
+    table, go = made(), replace(AMF_1, incarnation=0)
     fold(table, put("amfid", keepalive(AMF_1, mirror=True), 101))
-    assert [(e.kind, e.owner) for e in fold(table, delta("amfid", "amf-1", 102, {"podIp": "10.9.9.9"}))] == [
-        (UP, go)
-    ]
+    renewed = delta("amfid", "amf-1", 102, {"podInstance": AMF_1.instance, "expireAt": 5})
+    assert [(e.kind, e.owner) for e in fold(table, renewed)] == [(UP, go)]
     assert [(e.kind, e.owner) for e in fold(table, put("amfid", keepalive(AMF_1, mirror=True), 103))] == [
         (DOWN, go)
     ]
+
+
+def test_the_state_of_a_go_pod_with_chunks_is_a_function_of_the_documents() -> None:
+    """Unknown without a keepalive, live with one, down while one says so. Whoever hears the events has it
+    too."""
+    table = made()
+    pool, mirror = table.pools["amfid"], Mirror()
+    mirror.load(Snapshot((V, 0), "h", 1, Definition(name="amfid"), (), ()))
+    kept = keepalive(GO_POD)
+
+    def states(*changes: Change) -> tuple[str, str]:
+        for event in fold(table, *changes):
+            head = EventHead(
+                pool="amfid", version=event.version, prev=event.prev, agent="a", term=1, history="h", at=0
+            )
+            mirror.apply(head, event_body(event, {}))
+        held = mirror.owner_of(1)
+        assert held is not None
+        return pool.state(pool.chunks[1].owner), held.state
+
+    silent = kept | {"drsm": {"silent": 0}}
+    stand_in = keepalive(GO_POD, mirror=True)
+    seen = [
+        states(put("amfid", chunk(1, GO_POD).document, 101)),
+        states(put("amfid", kept, 102)),
+        states(put("amfid", silent, 103)),
+        states(delta("amfid", "amf-go", 104, {"expireAt": 9})),
+        states(gone("amfid", "amf-go", 105)),
+        states(put("amfid", stand_in, 106)),
+        states(gone("amfid", "amf-go", 107)),
+        states(put("amfid", silent, 108)),
+        states(gone("amfid", "amf-go", 109)),
+        states(put("amfid", keepalive(replace(GO_POD, incarnation=7), mirror=True), 110)),
+        states(put("amfid", kept, 111)),
+    ]
+    expected = [
+        "unknown",
+        "live",
+        "down",
+        "live",
+        "unknown",
+        "down",
+        "unknown",
+        "down",
+        "unknown",
+        "unknown",
+        "live",
+    ]
+    assert seen == [(state, state) for state in expected]
+
+
+def test_the_keepalives_address_is_that_of_a_go_pods_chunks() -> None:
+    """A Go pod that starts anew under its name never writes its old chunks; what they say leads nowhere."""
+    table, moved = made(), replace(GO_POD, ip="10.0.0.99")
+    fold(table, put("amfid", chunk(1, GO_POD).document, 101), put("amfid", keepalive(moved), 102))
+    pool = table.pools["amfid"]
+    assert pool.owners() == {GO_POD.key: moved}
+    (released,) = fold(table, gone("amfid", "chunkid-1", 103))
+    assert released.previous == moved
+
+
+def test_signs_of_a_go_pods_life_are_its_own_writes() -> None:
+    """Its renewals, its allocations and its claims; not what the agent writes beside, nor a delete."""
+    table = made()
+    pool, signs = table.pools["amfid"], []
+    for change in (
+        put("amfid", keepalive(GO_POD), 101),
+        delta("amfid", "amf-go", 102, {"expireAt": 9}),
+        delta("amfid", "amf-go", 103, {"expireAt": 99, "drsm": {"pushed": 99}}),
+        delta("amfid", "amf-go", 104, {"drsm.silent": 99}),
+        delta("amfid", "amf-go", 105, {"expireAt": 10}),
+        put("amfid", chunk(1, GO_POD).document, 106),
+        delta("amfid", "chunkid-1", 107, {"drsm": {"go_owners": ["amf-x"]}}),
+        gone("amfid", "amf-go", 108),
+    ):
+        fold(table, change)
+        signs.append(pool.signs.get("amf-go", 0))
+    assert signs == [1, 2, 2, 2, 3, 4, 4, 4]
+
+
+def test_go_pods_know_what_was_owned_since_one_of_them_is_there() -> None:
+    """Also what is free again: they never take it. Without any, nobody knows anything."""
+    table = made()
+    pool = table.pools["amfid"]
+    fold(table, put("amfid", chunk(1, AMF_1).document, 101), put("amfid", chunk(2, AMF_1).document, 102))
+    fold(table, gone("amfid", "chunkid-1", 103))
+    assert (pool.known, pool.known_free) == (set(), set())
+    fold(table, put("amfid", keepalive(GO_POD), 104), put("amfid", chunk(5, AMF_1).document, 105))
+    fold(table, gone("amfid", "chunkid-2", 106))
+    assert (pool.known, pool.known_free) == ({2, 5}, {2})
+    fold(table, put("amfid", chunk(2, AMF_1).document, 107), gone("amfid", "amf-go", 108))
+    assert (pool.known, pool.known_free) == (set(), set())
+
+
+def test_chunks_that_came_from_go_pods_are_found_by_their_names() -> None:
+    """As long as a pod of ours has them."""
+    table = made()
+    pool = table.pools["amfid"]
+    fold(
+        table, put("amfid", claim("amfid", chunk(1, GO_POD), AMF_1, "g2", 5).set | {"_id": "chunkid-1"}, 101)
+    )
+    assert {name: list(numbers) for name, numbers in pool.from_go.items()} == {"amf-go": [1]}
+    fold(table, delta("amfid", "chunkid-1", 102, {"podId": "amf-go-2", "podIp": "10.0.0.8"}))
+    assert pool.from_go == {}
+    assert pool.chunks[1].go_owners == ("amf-go",)
 
 
 # --- Versions -------------------------------------------------------------------------------------
@@ -492,6 +592,7 @@ class Consumer:
         self.owners: dict[int, Owner] = {}
         self.marked: set[int] = set()
         self.live: dict[tuple[str, int], Owner] = {}
+        self.down: dict[tuple[str, int], Owner] = {}
 
     def hear(self, event: Event) -> None:
         """One event, in order and without a gap."""
@@ -499,10 +600,14 @@ class Consumer:
         self.version = event.version
         if event.kind == UP:
             assert event.owner is not None
+            self.down.pop(event.owner.key, None)
             self.live[event.owner.key] = event.owner
         elif event.kind == DOWN:
             assert event.owner is not None
-            assert self.live.pop(event.owner.key) == event.owner
+            self.live.pop(event.owner.key, None)
+            self.down.pop(event.owner.key, None)
+            if event.reason == "silent":
+                self.down[event.owner.key] = event.owner
         for n in event.chunks:
             assert self.owners.get(n) == (event.owner if event.kind == SCANNED else event.previous)
             self.marked.discard(n)
@@ -512,6 +617,13 @@ class Consumer:
                 self.owners[n] = event.owner
             if event.kind == CLAIMED and event.grants != ("",):
                 self.marked.add(n)
+
+
+def _ours(document: dict[str, Any]) -> bool:
+    """Whether a keepalive is one of the agent's."""
+    return bool(
+        document["podInstance"] == f"drsm:{document['podId']}:{document.get('drsm', {}).get('incarnation')}"
+    )
 
 
 class TableAgainstDocuments(RuleBasedStateMachine):
@@ -664,11 +776,25 @@ class TableAgainstDocuments(RuleBasedStateMachine):
         else:
             self._put(step, pool, keepalive(owner, mirror=bool(owner.incarnation)))
 
+    @rule(step=_STEP, pool=_POOL, name=st.sampled_from(["a", "b", "g"]))
+    def note_silence(self, step: int, pool: str, name: str) -> None:
+        """The leader says of a keepalive that its Go pod is down; on a mirror, that one without any is."""
+        if document := self.documents.get((pool, name)):
+            drsm = document.get("drsm", {}) | {"silent": document["expireAt"]}
+            self._update(step, pool, name, drsm=drsm)
+
+    @rule(step=_STEP, pool=_POOL, owner=st.sampled_from(_GO))
+    def stand_in(self, step: int, pool: str, owner: Owner) -> None:
+        """A keepalive for a Go pod that has none and is silent."""
+        if (pool, owner.name) not in self.documents:
+            self._put(step, pool, keepalive(owner, mirror=True))
+
     @rule(step=_STEP, pool=_POOL, owner=st.sampled_from(_GO))
     def take_name(self, step: int, pool: str, owner: Owner) -> None:
         """A Go pod writes its fields over the keepalive of its name, whatever that is."""
         if (pool, owner.name) in self.documents:
-            self._update(step, pool, owner.name, podIp=owner.ip, podInstance=owner.instance)
+            fields = {"podIp": owner.ip, "podInstance": owner.instance, "expireAt": self.table.applied + 1}
+            self._update(step, pool, owner.name, **fields)
 
     @rule(step=_STEP, pool=_POOL, name=st.sampled_from(["a", "b", "g"]))
     def vanish(self, step: int, pool: str, name: str) -> None:
@@ -731,10 +857,11 @@ class TableAgainstDocuments(RuleBasedStateMachine):
                 if ours and drsm["marked"]:
                     marked.add(n)
             table, consumer = self.table.pools[pool], self.consumers[pool]
-            live = self._living(pool)
+            live, down = self._living(pool), self._told_down(pool)
             assert {n: chunk.owner for n, chunk in table.chunks.items()} == owners == consumer.owners
             assert table.marked == marked == consumer.marked
             assert table.live == live == consumer.live
+            assert table.down == down == consumer.down
             assert table.version == consumer.version
             assert {orphan.n for orphan in table.orphans()} == {
                 n for n in owners if owners[n].key not in live
@@ -757,10 +884,10 @@ class TableAgainstDocuments(RuleBasedStateMachine):
             owners = {n: event_owner(owner) for n, owner in self.consumers[pool].owners.items()}
             assert {n: replace(owner, state="live") for n, owner in mirror.chunks().items()} == owners
             living = {event_owner(owner) for owner in self._living(pool).values()}
-            everybody = living | set(owners.values())
-            assert {(replace(owner, state="live"), owner.state) for owner in mirror.pods()} == {
-                (owner, "live" if owner in living else "down") for owner in everybody
-            }
+            told = {event_owner(owner) for owner in self._told_down(pool).values()}
+            states = {owner: "down" if owner.incarnation else "unknown" for owner in owners.values()}
+            states |= dict.fromkeys(told, "down") | dict.fromkeys(living, "live")
+            assert {replace(owner, state="live"): owner.state for owner in mirror.pods()} == states
 
     def _living(self, pool: str) -> dict[tuple[str, int], Owner]:
         living: dict[tuple[str, int], Owner] = {}
@@ -768,12 +895,24 @@ class TableAgainstDocuments(RuleBasedStateMachine):
             if space == SESSIONS and document["state"] == "live" and pool in document["pools"]:
                 owner = Owner(document["pod"], document["ip"], document["instance"], document["incarnation"])
                 living[owner.key] = owner
-            if space == pool and document["type"] == "keepalive":
+            go = space == pool and document["type"] == "keepalive" and not _ours(document)
+            if go and document.get("drsm", {}).get("silent") != document["expireAt"]:
                 fields = (document["podId"], document["podIp"], document["podInstance"])
-                copies = document.get("drsm", {})
-                if fields != (copies.get("pod"), copies.get("ip"), copies.get("instance")):
-                    living[document["podId"], 0] = Owner(*fields, 0)
+                living[document["podId"], 0] = Owner(*fields, 0)
         return living
+
+    def _told_down(self, pool: str) -> dict[tuple[str, int], Owner]:
+        down: dict[tuple[str, int], Owner] = {}
+        for (space, _), document in self.documents.items():
+            if space != pool or document["type"] != "keepalive":
+                continue
+            drsm, name = document.get("drsm", {}), document["podId"]
+            if not _ours(document):
+                if drsm.get("silent") == document["expireAt"]:
+                    down[name, 0] = Owner(name, document["podIp"], document["podInstance"], 0)
+            elif drsm["incarnation"] == 0 or "silent" in drsm:
+                down[name, 0] = Owner(name, drsm["ip"], drsm["instance"], 0)
+        return down
 
     @invariant()
     def a_table_loaded_later_is_the_same(self) -> None:

@@ -1,12 +1,23 @@
 """Every guarded write names what the rules R5 and R8 require: tried on documents, not only read."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
 from drsm_agent.core import writes as w
-from drsm_agent.core.documents import Chunk, Drsm, Owner, Session, merge, read_chunk, read_keepalive
+from drsm_agent.core.documents import (
+    GO_OWNERS_MAX,
+    Chunk,
+    Drsm,
+    Keepalive,
+    Owner,
+    Session,
+    merge,
+    read_chunk,
+    read_keepalive,
+)
 
 ME = Owner("amf-1", "10.0.0.7", "nf-1", 7 << 32 | 5)
 OTHER = Owner("amf-2", "10.0.0.8", "nf-2", 7 << 32 | 6)
@@ -121,6 +132,72 @@ def test_a_go_pods_chunk_is_claimed_only_as_it_was_seen(seen: Chunk, other: Chun
         MINE,
     ]
     assert [matches(write.where, chunk.document) for chunk in others] == [False] * 5
+
+
+def claimed(seen: Chunk, owner: Owner = OTHER) -> Chunk:
+    """The chunk after a claim."""
+    chunk = read_chunk(merge(seen.document, w.claim("amfid", seen, owner, "g2" * 8, 310_000).set))
+    assert chunk is not None
+    return chunk
+
+
+def test_a_chunk_remembers_the_go_pods_that_it_came_from_through_all_claims() -> None:
+    """Each of them may have stood still, and go on; and an SDK pod's claim has none to remember."""
+    assert claimed(MINE).go_owners == ()
+    assert claimed(GO_CHUNK).go_owners == ("amf-go",)
+    again = claimed(claimed(GO_CHUNK), ME)
+    assert (again.owner, again.go_owners) == (ME, ("amf-go",))
+    by_another_go_pod = replace(again, pod="amf-go-2", ip="10.0.0.10", instance="")
+    assert claimed(by_another_go_pod).go_owners == ("amf-go", "amf-go-2")
+    chunk = GO_CHUNK
+    for i in range(GO_OWNERS_MAX + 2):
+        chunk = claimed(replace(chunk, pod=f"go-{i}", ip="10.0.0.9", instance="x"))
+    assert chunk.go_owners == tuple(f"go-{i}" for i in range(2, GO_OWNERS_MAX + 2))
+
+
+def test_a_go_pods_chunk_that_another_one_claimed_came_from_both() -> None:
+    """The claim itself leaves `drsm` as it was; what is written beside it makes nobody its owner."""
+    for seen in (STALE, GO_CHUNK):
+        write = w.remember_go("amfid", seen, "amf-go-1")
+        assert matches(write.where, seen.document)
+        assert not matches(write.where, replace(seen, pod="amf-go-3").document)
+        after = read_chunk(merge(seen.document, write.set))
+        assert after is not None
+        assert (after.owner, after.valid, after.go_owners) == (seen.owner, None, ("amf-go-1",))
+        assert claimed(after).go_owners == ("amf-go-1", "amf-go")
+
+
+def test_a_chunk_goes_back_to_a_go_pod_only_marked_and_as_it_was_seen() -> None:
+    """As if the Go pod had claimed it: `drsm` is nobody's then, and still says whom it came from. Also where
+    it has name, address and instance of the pod that had it meanwhile."""
+    seen = claimed(GO_CHUNK)
+    for go in (GO_POD, replace(OTHER, incarnation=0)):
+        write = w.give_back_to_go("amfid", seen, go)
+        assert matches(write.where, seen.document)
+        assert not matches(write.where, _updated(seen, marked=False).document)
+        assert not matches(write.where, _updated(seen, grant="g3" * 8).document)
+        after = read_chunk(merge(seen.document, write.set))
+        assert after is not None
+        assert (after.owner, after.valid, after.go_owners) == (go, None, ("amf-go",))
+
+
+def test_a_dead_pods_chunk_is_left_to_the_go_pod_of_its_name() -> None:
+    """As it was seen; whatever its mark."""
+    for seen in (MINE, MARKED):
+        write = w.leave_to_go("amfid", seen, replace(ME, incarnation=0))
+        assert matches(write.where, seen.document)
+        assert not matches(write.where, _updated(seen, grant="g3" * 8).document)
+        after = read_chunk(merge(seen.document, write.set))
+        assert after is not None
+        assert (after.owner, after.valid) == (replace(ME, incarnation=0), None)
+
+
+def test_a_chunk_without_all_fields_is_claimed_only_without_them() -> None:
+    """The guard takes what is missing as missing."""
+    seen = replace(GO_CHUNK, ip=None, instance=None)
+    write = w.claim("amfid", seen, OTHER, "g2" * 8, 1)
+    assert matches(write.where, seen.document)
+    assert not matches(write.where, GO_CHUNK.document)
 
 
 def test_a_claim_that_came_second_misses() -> None:
@@ -238,42 +315,110 @@ def test_an_older_leader_finds_nothing_after_the_stamp(write: w.Update) -> None:
         assert matches(write.where, merge(before.document, w.stamp_sessions(7).set)) is False
 
 
-# --- Mirrors --------------------------------------------------------------------------------------
+# --- Keepalives -----------------------------------------------------------------------------------
+
+
+def read(document: Mapping[str, Any]) -> Keepalive:
+    """A keepalive that can be read."""
+    keepalive = read_keepalive(document)
+    assert keepalive is not None
+    return keepalive
+
+
+MIRROR = w.mirror_keepalive("amfid", ME, 12345).document
+GO = {"_id": "amf-1", "type": "keepalive", "podId": "amf-1", "podIp": "10.0.0.7", "podInstance": "nf-1"}
+GO_KEEPALIVE: dict[str, Any] = GO | {"expireAt": 20}
 
 
 def test_a_mirror_shows_a_session_to_go_pods() -> None:
-    """Go DRSM's fields, and a copy that tells the agent that it is a mirror."""
-    write = w.mirror_keepalive("amfid", ME, 12345)
-    assert isinstance(write, w.Insert)
-    assert write.document == {
+    """Go DRSM's fields, with an instance that no Go pod has and no `DeletePod` names; the real one beside
+    it."""
+    assert {
         "_id": "amf-1",
         "type": "keepalive",
         "podId": "amf-1",
         "podIp": "10.0.0.7",
-        "podInstance": "nf-1",
+        "podInstance": f"drsm:amf-1:{ME.incarnation}",
         "expireAt": 12345,
         "drsm": {"pod": "amf-1", "ip": "10.0.0.7", "instance": "nf-1", "incarnation": ME.incarnation},
-    }
-    keepalive = read_keepalive(write.document)
-    assert keepalive is not None
-    assert keepalive.go_owner is None
+    } == MIRROR
+    assert read(MIRROR).mirrored == ME
 
 
-@pytest.mark.parametrize("write", [w.prolong_mirror("amfid", ME, 99), w.delete_mirror("amfid", ME)])
-def test_only_the_incarnations_own_mirror_is_touched(write: w.Update | w.Delete) -> None:
-    """Not a later incarnation's, nor that of a Go pod which took the name: its keepalive is its life."""
-    mirror = w.mirror_keepalive("amfid", ME, 1).document
+NEWER = replace(ME, incarnation=ME.incarnation + 1)
+OF_A_MIRROR: list[w.Update | w.Delete] = [
+    w.prolong_keepalive("amfid", read(MIRROR), 99),
+    w.take_over_keepalive("amfid", read(MIRROR), NEWER, 99),
+    w.note_silence("amfid", "amf-1", read(MIRROR)),
+    w.delete_keepalive("amfid", "amf-1", read(MIRROR)),
+]
+
+
+@pytest.mark.parametrize("write", OF_A_MIRROR)
+def test_a_mirror_is_touched_only_as_it_was_seen(write: w.Update | w.Delete) -> None:
+    """Not a later incarnation's, nor what a Go pod of the same name, address and instance made of it: its
+    keepalive is its life. Nor one that was prolonged since: a deposed leader has seen less."""
     assert (write.space, write.key) == ("amfid", "amf-1")
-    assert matches(write.where, mirror) is True
+    assert matches(write.where, MIRROR) is True
     others = [
-        mirror | {"_id": "amf-2"},
-        mirror | {"type": "chunk"},
-        mirror | {"drsm": asdict(replace(ME, incarnation=ME.incarnation + 1))},
-        mirror | {"drsm": None},
-        mirror | {"podIp": "10.0.0.9"},
-        mirror | {"podInstance": "nf-9"},
+        MIRROR | {"_id": "amf-2"},
+        MIRROR | {"type": "chunk"},
+        MIRROR | {"podInstance": f"drsm:amf-1:{NEWER.incarnation}"},
+        MIRROR | {"podInstance": "nf-1"},
+        MIRROR | {"expireAt": 12346},
     ]
-    assert [matches(write.where, other) for other in others] == [False] * 6
+    assert [matches(write.where, other) for other in others] == [False] * 5
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        w.push_keepalive("amfid", "amf-1", read(GO_KEEPALIVE), 99),
+        w.note_silence("amfid", "amf-1", read(GO_KEEPALIVE)),
+        w.take_over_keepalive("amfid", read(GO_KEEPALIVE), ME, 99),
+        w.delete_keepalive("amfid", "amf-1", read(GO_KEEPALIVE)),
+    ],
+)
+def test_a_go_pods_keepalive_is_touched_only_as_it_was_seen(write: w.Update | w.Delete) -> None:
+    """A renewal meanwhile wins."""
+    assert matches(write.where, GO_KEEPALIVE) is True
+    assert matches(write.where, GO_KEEPALIVE | {"expireAt": 21}) is False
+    assert matches(write.where, GO_KEEPALIVE | {"podInstance": "nf-2"}) is False
+
+
+def test_a_guard_takes_what_is_missing_as_missing() -> None:
+    """The original wrote fewer fields once."""
+    bare = {name: value for name, value in GO_KEEPALIVE.items() if name not in {"podInstance", "expireAt"}}
+    write = w.delete_keepalive("amfid", "amf-1", read(bare))
+    assert matches(write.where, bare) is True
+    assert matches(write.where, GO_KEEPALIVE) is False
+
+
+def test_a_pushed_keepalive_stays_the_go_pods_until_it_renews() -> None:
+    """Only its end is another, and said to be ours; of Go's fields nothing changes."""
+    write = w.push_keepalive("amfid", "amf-1", read(GO_KEEPALIVE), 99)
+    assert write.set == {"expireAt": 99, "drsm": {"pushed": 99}}
+    pushed = read(merge(GO_KEEPALIVE, write.set))
+    assert not pushed.by_go
+    assert not pushed.go_down
+    assert read(merge(pushed.document | {"_id": "amf-1"}, {"expireAt": 120})).by_go
+
+
+def test_a_silent_go_pods_keepalive_is_its_own_until_it_renews() -> None:
+    """What says that it is down names the end that stood unchanged."""
+    silent = merge(GO_KEEPALIVE, w.note_silence("amfid", "amf-1", read(GO_KEEPALIVE)).set)
+    assert read(silent).go_down
+    assert not read(merge(silent, {"expireAt": 40})).go_down
+
+
+def test_a_mirror_that_was_a_go_pods_keepalive_says_that_it_is_down() -> None:
+    """Its chunks are about to be claimed; and nothing else says so any more."""
+    taken = read(merge(GO_KEEPALIVE, w.take_over_keepalive("amfid", read(GO_KEEPALIVE), ME, 99).set))
+    assert (taken.mirrored, taken.expire_at, taken.go_down) == (ME, 99, True)
+    said = read(merge(taken.document, w.prolong_keepalive("amfid", taken, 199).set) | {"_id": "amf-1"})
+    assert (said.expire_at, said.go_down) == (199, True)
+    write = w.prolong_keepalive("amfid", taken, 199, keep_silent=False)
+    assert not read(merge(taken.document, write.set) | {"_id": "amf-1"}).go_down
 
 
 # --- The lead, the position, the stamp ------------------------------------------------------------

@@ -14,8 +14,9 @@ from nats.errors import TimeoutError as NatsTimeout
 from pymongo import ReturnDocument
 from structlog.testing import capture_logs
 
-from drsm_agent import reaper, relay
+from drsm_agent import relay
 from drsm_agent.campaign import Campaign
+from drsm_agent.core import keepalives
 from drsm_agent.embedded import Scratch, Stack, start_nats_server
 from drsm_agent.errors import Misconfigured, leaf
 from drsm_agent.leader import Leader
@@ -453,8 +454,9 @@ async def test_an_agent_that_nats_does_not_carry_leaves_the_lead_alone(domain: D
 async def test_a_go_pod_whose_keepalive_stands_still_is_down_and_one_that_renews_is_not(
     domain: Domain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the TTL monitor's help: a delete filtered by what was seen, and the claims after it."""
-    monkeypatch.setattr(reaper, "GO_SILENCE", 4.0)
+    """Without the TTL monitor's help. It is written down, filtered by what was seen, and the claims come with
+    it; its keepalive is left to MongoDB."""
+    monkeypatch.setattr(keepalives, "GO_SILENCE", 4.0)
     async with mongo_client(domain) as client:
         pool = client[domain.database][POOL]
         await pool.insert_many([go_keepalive("amf-silent"), go_keepalive("amf-renewing")])
@@ -473,12 +475,15 @@ async def test_a_go_pod_whose_keepalive_stands_still_is_down_and_one_that_renews
                 await asking.seen(lambda: asking.of(m.PodDown))
                 told = asyncio.get_running_loop().time()
                 await asking.seen(lambda: asking.of(m.ChunkClaimed))
-                # The delete is no sign of life: it would put the claims off for as long again.
-                assert asyncio.get_running_loop().time() - told < 0.9 * reaper.GO_SILENCE
+                # What was written is no sign of life: it would put the claims off for as long again.
+                assert asyncio.get_running_loop().time() - told < 0.9 * keepalives.GO_SILENCE
                 (down,) = asking.of(m.PodDown)
-                assert (down.pod.name, down.reason) == ("amf-silent", "deleted")
+                assert (down.pod.name, down.reason) == ("amf-silent", "silent")
                 assert [claim.chunks for claim in asking.of(m.ChunkClaimed)] == [(1,)]
-                assert await pool.find_one({"_id": "amf-silent"}) is None
+                assert await pool.find_one({"_id": "amf-silent"}) == go_keepalive("amf-silent") | {
+                    "expireAt": datetime(2100, 1, 1),  # noqa: DTZ001  # as the driver gives it back
+                    "drsm": {"silent": datetime(2100, 1, 1)},  # noqa: DTZ001
+                }
                 owner = await pool.find_one({"_id": "chunkid-2"})
                 assert owner is not None
                 assert owner["podId"] == "amf-renewing"

@@ -96,7 +96,24 @@ def test_a_chunk_of_a_pod_that_nobody_announced_is_an_orphan() -> None:
     mirror.apply(head(11, 10), wire.ChunkAllocated(ref("go", 0), (5,)))
     owner = mirror.owner(0x500)
     assert owner is not None
+    assert owner.state == "unknown"  # it allocates for up to five seconds before its first keepalive
+    mirror.apply(head(12, 11), wire.ChunkAllocated(ref("other", 7), (6,)))
+    owner = mirror.owner(0x600)
+    assert owner is not None
     assert owner.state == "down"
+
+
+def test_a_go_pod_that_is_down_is_known_as_long_as_something_says_so() -> None:
+    """With or without chunks; after its keepalive was deleted nothing says so."""
+    mirror = loaded()
+    mirror.apply(head(11, 10), wire.PodUp(ref("go", 0)))
+    mirror.apply(head(12, 11), wire.PodDown(ref("go", 0), "silent"))
+    assert [owner.state for owner in mirror.pods() if owner.name == "go"] == ["down"]
+    mirror.apply(head(13, 12), wire.ChunkAllocated(ref("go", 0), (5,)))
+    mirror.apply(head(14, 13), wire.PodDown(ref("go", 0), "deleted"))
+    assert [owner.state for owner in mirror.pods() if owner.name == "go"] == ["unknown"]
+    mirror.apply(head(15, 14), wire.ChunkReleased(ref("go", 0), (5,)))
+    assert [owner.state for owner in mirror.pods() if owner.name == "go"] == []
 
 
 # --- the consumer's rule ----------------------------------------------------------------------------

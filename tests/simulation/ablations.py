@@ -8,18 +8,23 @@ import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 from unittest.mock import patch
 
 from drsm_agent import allocations, reaper, sessions
-from drsm_agent.core import election, writes
+from drsm_agent.allocations import Allocations
+from drsm_agent.core import documents, election, keepalives, writes
 from drsm_agent.core.documents import Document, Session, chunk_key
 from drsm_agent.core.numbers import FreeNumbers
 from drsm_agent.core.placement import hold_ms
 from drsm_agent.core.session import LivenessLeases
 from drsm_agent.errors import BusUnavailable
+from drsm_agent.go_pods import GoPods
 from drsm_agent.lead import Lead
 from drsm_agent.leader import Leader
+from drsm_agent.mirrors import Mirrors
+from drsm_agent.reaper import Reaper
 from drsm_agent.reign import Grants
 from drsm_agent.relay import Relay
 from drsm_agent.restorer import Restorer
@@ -32,15 +37,22 @@ from drsm_sdk.rpc import Rpc
 from drsm_sdk.stock import Stock
 from tests.simulation.profiles import (
     ABSENCES,
+    ABSENT,
     CLOCKS,
+    CROWDED,
     INHERITANCE,
     LAGGING,
+    LAST_ONES,
     LATE_ANSWERS,
     LATE_CLAIMS,
     LATE_DEATHS,
+    LATE_DELETES,
     LATE_WRITES,
     LEADERS,
     LOSSES,
+    MIGRATION,
+    MISSED,
+    MIXED,
     NAMESAKES,
     PARTITIONS,
     RECONNECTS,
@@ -48,9 +60,11 @@ from tests.simulation.profiles import (
     RESTLESS,
     RESTORES,
     RETURNING,
+    ROLLBACK,
     SCARCE,
     SHRINKING,
     SLOW_TO_SHOW,
+    STANDSTILLS,
     STOPS,
     WAVERING,
 )
@@ -126,15 +140,17 @@ def _whole(lease: float) -> float:
     return lease
 
 
-def _without_usage_lag(orphan: Any, former: Any, allocation_ms: int, _usage_lag_ms: int) -> int:
-    return hold_ms(orphan, former, allocation_ms, 0)
+def _without_usage_lag(
+    orphan: Any, former: Any, allocation_ms: int, _usage_lag_ms: int, go_hold_ms: int = 0
+) -> int:
+    return hold_ms(orphan, former, allocation_ms, 0, go_hold_ms)
 
 
 def _only_the_number(chunk: Any) -> Document:
     return {"_id": chunk_key(chunk.n)}
 
 
-_chunk_guard, _mirror_guard = writes._chunk_guard, writes._mirror_guard
+_chunk_guard, _keepalive_guard = writes._chunk_guard, writes._keepalive_guard
 
 
 def _without(guard: Document, *names: str) -> Document:
@@ -149,8 +165,8 @@ def _whatever_the_grant(chunk: Any) -> Document:
     return _without(_chunk_guard(chunk), "drsm.grant")
 
 
-def _mirror_of_the_name(owner: Any) -> Document:
-    return _without(_mirror_guard(owner), "drsm.incarnation")
+def _keepalive_of_the_name(key: str, seen: Any) -> Document:
+    return _without(_keepalive_guard(key, seen), "podInstance", "expireAt")
 
 
 _wanted, _new_session, _numbers = allocations._Wanted, Sessions._new_session, itertools.count()
@@ -228,9 +244,11 @@ async def _unconfirmed(self: Relay, send: Any) -> None:
         await send()
 
 
-def _unmarked_when_closed(orphan: Any, former: Any, allocation_ms: int, usage_lag_ms: int) -> int:
+def _unmarked_when_closed(
+    orphan: Any, former: Any, allocation_ms: int, usage_lag_ms: int, go_hold_ms: int = 0
+) -> int:
     unmarked = replace(orphan, drsm=replace(orphan.drsm, marked=False))
-    return hold_ms(unmarked, former, allocation_ms, usage_lag_ms)
+    return hold_ms(unmarked, former, allocation_ms, usage_lag_ms, go_hold_ms)
 
 
 _release_closed = Stock._release_closed
@@ -249,16 +267,151 @@ async def _unrecorded(self: Sessions, session: Session) -> None:
     """What was promised when the session was opened is all that its document keeps."""
 
 
-def _as_promised_today(orphan: Any, former: Any, allocation_ms: int, usage_lag_ms: int) -> int:
+def _as_promised_today(
+    orphan: Any, former: Any, allocation_ms: int, usage_lag_ms: int, go_hold_ms: int = 0
+) -> int:
     forgotten = former and replace(former, promised_ms=0)
-    return hold_ms(orphan, forgotten, allocation_ms, usage_lag_ms)
+    return hold_ms(orphan, forgotten, allocation_ms, usage_lag_ms, go_hold_ms)
 
 
 def _any_history(self: Mirror, head: Any, body: Any) -> Any:
     return _apply(self, replace(head, history=self.history or head.history), body)
 
 
+# --- Beside Go pods ---------------------------------------------------------------------------------
+
+
+def _without_go_hold(
+    orphan: Any, former: Any, allocation_ms: int, usage_lag_ms: int, _go_hold_ms: int = 0
+) -> int:
+    return hold_ms(orphan, former, allocation_ms, usage_lag_ms)
+
+
+async def _no_mirror_first(self: Mirrors, pool: Any, owners: Any) -> None:
+    """Nobody waits for one."""
+
+
+def _nothing(*_: Any) -> tuple[()]:
+    return ()
+
+
+def _numbers_alone(self: Allocations, pool: Any, count: int) -> list[int]:
+    return self._free[pool.name].take(count, pool.chunks)
+
+
+_ends = Mirrors._ends
+
+
+def _by_an_earlier_clock(self: Mirrors) -> Any:
+    ends = _ends(self)
+    return replace(ends, expire_at=ends.expire_at - timedelta(hours=1))
+
+
+_may_claim = Reaper._may_claim
+
+
+def _go_pods_that_say_nothing(self: Reaper, pool: Any, former: Any) -> bool:
+    return former.is_go or _may_claim(self, pool, former)
+
+
+BESIDE_GO: tuple[Ablation, ...] = (
+    Ablation(
+        "a Go namesake's keepalive is not put off",
+        "F1",
+        MIGRATION,
+        ((keepalives, "for_namesake", lambda *_: None),),
+        hint=45,
+    ),
+    Ablation(
+        "a mirror has the instance of its pod",
+        "F7",
+        MIXED,
+        (
+            (documents, "our_instance", lambda owner: owner.instance),
+            (writes, "our_instance", lambda owner: owner.instance),
+        ),
+        hint=4,
+    ),
+    Ablation(
+        "the guard of a keepalive looks at its name alone",
+        "F2",
+        LATE_DELETES,
+        ((writes, "_keepalive_guard", _keepalive_of_the_name),),
+        hint=1,
+    ),
+    Ablation(
+        "no keepalive before the first grant",
+        "F11",
+        MIXED,
+        ((Mirrors, "ensure", _no_mirror_first), (Mirrors, "may_receive", lambda *_: True)),
+        hint=10,
+    ),
+    Ablation(
+        "grants go on right after a keepalive was deleted",
+        "F4",
+        MIGRATION,
+        ((Mirrors, "_settled", lambda *_: True),),
+        hint=16,
+    ),
+    Ablation(
+        "a mirror is deleted though a Go pod's chunk names it",
+        "F2",
+        ROLLBACK,
+        ((keepalives, "go_writes_under", lambda *_: False),),
+        hint=3,
+    ),
+    Ablation(
+        "a mirror stays as long as chunks name it",
+        "F4",
+        LAST_ONES,
+        ((Mirrors, "_is_for_go", lambda *_: False),),
+    ),
+    Ablation("a death is shown once", "F4", MISSED, ((Mirrors, "_shown_again", _nothing),), hint=1),
+    Ablation(
+        "a chunk forgets the Go pod that it came from",
+        "F6",
+        STANDSTILLS,
+        ((writes, "_came_from", _nothing),),
+        hint=4,
+    ),
+    Ablation(
+        "no hold for a Go pod's chunk", "F6", STANDSTILLS, ((reaper, "hold_ms", _without_go_hold),), hint=4
+    ),
+    Ablation(
+        "a Go pod that comes back finds its chunks taken",
+        "F6",
+        STANDSTILLS,
+        ((GoPods, "_move_back", _nothing),),
+        hint=9,
+    ),
+    Ablation(
+        "a chunk is released though its Go pod lives", "F6", ABSENT, ((GoPods, "may_live", lambda *_: False),)
+    ),
+    Ablation(
+        "numbers as without Go pods", "F3", CROWDED, ((Allocations, "_numbers", _numbers_alone),), hint=22
+    ),
+    Ablation(
+        "the end of a mirror is by another clock", "F10", MIXED, ((Mirrors, "_ends", _by_an_earlier_clock),)
+    ),
+    Ablation(
+        "a Go pod without a keepalive is dead at once",
+        "F5",
+        MIXED,
+        ((Reaper, "_may_claim", _go_pods_that_say_nothing),),
+        hint=24,
+    ),
+    Ablation(
+        "a silent Go pod's keepalive is deleted at once",
+        "F14",
+        STANDSTILLS,
+        ((keepalives, "overdue", lambda *_: True),),
+        hint=15,
+    ),
+)
+
+
 ABLATIONS: tuple[Ablation, ...] = (
+    *BESIDE_GO,
     Ablation(
         "a hold forgets what was promised",
         "4",
@@ -380,7 +533,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "the guard of a keepalive does not look at the incarnation",
         "death in steps",
         ABSENCES,
-        ((writes, "_mirror_guard", _mirror_of_the_name),),
+        ((writes, "_keepalive_guard", _keepalive_of_the_name),),
         hint=1,
     ),
     Ablation(

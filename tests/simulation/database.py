@@ -11,11 +11,12 @@ import random
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from drsm_agent.core.documents import Document
 from drsm_agent.core.table import Change
-from drsm_agent.core.writes import Outcome, Write
+from drsm_agent.core.writes import Delete, Insert, Outcome, Update, Write
 from drsm_agent.errors import StoreUnavailable
 from drsm_agent.ports import Batch, Snapshot
 from drsm_agent.store.memory import MemoryStore
@@ -26,6 +27,22 @@ LATE = 10.0
 """Seconds after which a write whose client has given it up may still take effect."""
 PATIENCE = 3.0
 """Seconds after which the driver gives an operation up, as `store.mongo` tells it to."""
+
+
+EPOCH = 1.7e9
+"""The database's time, in seconds since the epoch, when a world begins whose cluster times follow it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hand:
+    """Who writes: a Go pod, the TTL monitor, or an agent, which is nobody in particular. `decided` is when,
+    `cause` the change that it answers."""
+
+    who: str = ""
+    decided: float = 0.0
+    cause: Change | None = None
+    knew: frozenset[str] = frozenset()
+    """What the decider knew then, as far as the observer asks for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +77,47 @@ class Database(MemoryStore):
         self.life = 0
         """Which life of the database this is: a restore begins another."""
         self._in_bulk = False
+        self._follows_time = False
+        self.hand = Hand()
+
+    def follow_time(self) -> None:
+        """From now on the seconds of cluster times are the world's, as on real servers. The agent makes the
+        end of keepalives of them, which the TTL monitor goes by."""
+        self._follows_time = True
+        self._now = int(self.seconds) << 32
+
+    @property
+    def seconds(self) -> float:
+        """The database's time, in seconds since the epoch."""
+        return EPOCH + self.node.now()
+
+    @property
+    def end(self) -> int:
+        """The cluster time of the last change."""
+        return self._now
+
+    def expire(self, space: str) -> None:
+        """One round of MongoDB's TTL monitor. Where there is no primary, there is none."""
+        if not self.available.is_set():
+            return
+        for document in self.documents(space):
+            ends = document.get("expireAt")
+            if isinstance(ends, datetime) and ends <= datetime.fromtimestamp(self.seconds, UTC):
+                self.write_now(Delete(space, {"_id": document["_id"]}), Hand("ttl", self.node.now()))
+
+    def write_now(self, write: Write, hand: Hand) -> bool:
+        """What has reached the primary takes effect; whether it changed, inserted or deleted anything."""
+        self._in_bulk, before, self.hand = False, self.hand, hand
+        try:
+            match write:
+                case Insert():
+                    return self._insert(write)
+                case Update():
+                    return self._update(write) > 0
+                case Delete():
+                    return self._delete(write) > 0
+        finally:
+            self.hand = before
 
     def elect(self, seconds: float) -> None:
         """No primary for a while."""
@@ -85,9 +143,9 @@ class Database(MemoryStore):
     def delay(self) -> float:
         return 0.001 if self.calm else min(self.chance.expovariate(1 / 0.003), 0.5)
 
-    async def apply(self, writes: Sequence[Write]) -> Outcome:
-        self._in_bulk = False
-        return await super().write(writes)
+    async def apply(self, writes: Sequence[Write], hand: Hand | None = None) -> Outcome:
+        self._in_bulk, self.hand = False, hand or Hand(decided=self.node.now())
+        return await super().write(writes)  # nobody else has a turn meanwhile
 
     def document(self, space: str, key: str) -> Document | None:
         """What a majority has, at once."""
@@ -100,6 +158,8 @@ class Database(MemoryStore):
     def _change(self, space: str, key: str, **what: Any) -> None:
         if self._in_bulk and not self.calm and self.chance.random() < self.ties:
             self._now -= 1
+        elif self._follows_time:
+            self._now = max(self._now, int(self.seconds) << 32)
         self._in_bulk = True
         super()._change(space, key, **what)
         entry = self._oplog[-1]
@@ -118,13 +178,18 @@ class View:
         self.cut = False
 
     async def write(self, writes: Sequence[Write]) -> Outcome:
+        hand = self._hand(writes)
         await self._way()
         database = self._database
         if not database.calm and database.doubts(writes):
-            await self._write_in_doubt(writes)
-        outcome = await database.apply(writes)
+            await self._write_in_doubt(writes, hand)
+        outcome = await database.apply(writes, hand)
         await self._way_back()
         return outcome
+
+    def _hand(self, writes: Sequence[Write]) -> Hand:
+        """The agent, as it decides."""
+        return Hand(decided=self._database.node.now())
 
     async def read(self, space: str) -> list[Document]:
         await self._way()
@@ -137,6 +202,23 @@ class View:
         snapshot = await self._database.snapshot()
         await self._way_back()
         return snapshot
+
+    async def ttl(self, space: str) -> int | None:
+        """Go pods make the index."""
+        await self._way()
+        return 0
+
+    async def has_chunks(self, space: str, database: str | None = None) -> bool:
+        await self._way()
+        return await self._database.has_chunks(space, database)
+
+    async def has_go(self, space: str) -> bool:
+        await self._way()
+        return await self._database.has_go(space)
+
+    async def elsewhere(self, spaces: Sequence[str]) -> dict[str, list[str]]:
+        await self._way()
+        return {}
 
     async def changes(
         self, *, after: int | None = None, token: str | None = None
@@ -171,19 +253,19 @@ class View:
             await asyncio.sleep(PATIENCE)
             raise StoreUnavailable("the answer did not come")
 
-    async def _write_in_doubt(self, writes: Sequence[Write]) -> None:
+    async def _write_in_doubt(self, writes: Sequence[Write], hand: Hand) -> None:
         """No answer. It has taken effect, or not, or it will: the server goes on without the client."""
         database = self._database
         match database.chance.choice(database.fates):
             case "done":
-                await database.apply(writes)
+                await database.apply(writes, hand)
             case "late":
                 delay, life = database.chance.uniform(0, LATE), database.life
 
                 def arrive() -> None:
                     database.late -= 1
                     if database.life == life:
-                        database.node.start(database.apply(writes))
+                        database.node.start(database.apply(writes, hand))
 
                 database.late += 1
                 database.node.later(delay, arrive)

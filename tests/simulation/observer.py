@@ -194,6 +194,9 @@ class Observer:
             "mongodb",
             f"chunk {n} of {former[0]}:{former[1] & 0xFFFF} claimed by {owner[0]}:{owner[1] & 0xFFFF}",
         )
+        self._check_claim(n, former, owner)
+
+    def _check_claim(self, n: int, former: Key, owner: Key) -> None:
         if former[1] not in self._dead_at and (not self.was_restored or self.holds(former, n, "")):
             self.broken("G2", f"chunk {n} was taken from {former}, whose session lives")
 

@@ -44,6 +44,7 @@ class Places:
 
     def __init__(self, definition: Definition) -> None:
         self.names = [part.name for part in definition.parts]
+        self.capacity = definition.capacity
         self._parts = {part.name: part for part in definition.parts}
 
     def chunk_of(self, id_: Id) -> int:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from tests.simulation.network import Weather
 from tests.simulation.pools import ADDRESSES, INTEGERS, SPACES
-from tests.simulation.world import ANY, Application, Profile
+from tests.simulation.world import ANY, Application, BesideGo, Profile
 
 KINDS = (INTEGERS, ADDRESSES, SPACES)
 
@@ -291,6 +291,133 @@ NAMESAKES = Profile(
 PLACES = tuple(replace(ANY, name=kind, kinds=(kind,)) for kind in (ADDRESSES, SPACES))
 """Pools of addresses, and of several spaces."""
 
+MIXED = Profile(
+    "mixed",
+    faults={
+        "kill_go": 3,
+        "freeze_go": 3,
+        "cut_go": 2,
+        "delete_pod": 1,
+        "kill_pod": 2,
+        "close_pod": 1,
+        "cut_pod": 2,
+        "freeze_pod": 1,
+        "kill_agent": 1,
+        "freeze_agent": 1,
+        "cut_agent_from_database": 1,
+        "elect": 1,
+    },
+    storms=(10.0, 15.0),
+    paces=(1.0, 2.0),
+    pods=(2, 3),
+    allocations=(3.5,),
+    freezes=(0.3, 2.0, 4.0),
+    cuts=(0.5, 2.0, 3.0, 4.0, 7.0),
+    block_bits=(4, 5),
+    application=Application(pauses=(0.2, 0.5)),
+    go=BesideGo(),
+)
+"""SDK pods and Go pods on one collection, and both kinds' misfortunes."""
+
+MIGRATION = replace(
+    MIXED,
+    name="migration",
+    faults={
+        "to_sdk": 4,
+        "to_go": 4,
+        "kill_go": 1,
+        "kill_pod": 1,
+        "beside_namesake": 1,
+        "delete_pod": 1,
+        "kill_agent": 1,
+        "cut_agent_from_database": 1,
+    },
+    go=BesideGo(pods=(2, 3)),
+)
+"""Pods of one kind become pods of the other, mostly under their names."""
+
+ROLLBACK = replace(
+    MIXED,
+    name="rollback",
+    faults={"to_go": 3, "to_sdk": 1, "kill_pod": 1, "kill_go": 1},
+    weather=Weather(),
+    lag=0.0,
+    storms=(20.0,),
+    pods=(4,),
+    go=BesideGo(migrations=(3.0, 8.0)),
+)
+"""Go pods take SDK pods' names when nobody issues from these pods' chunks any more."""
+
+LATE_DELETES = replace(
+    ROLLBACK,
+    name="late-deletes",
+    faults={"to_go": 3, "to_sdk": 3, "kill_pod": 1, "close_pod": 1},
+    doubt=0.4,
+    doubtful="amfid",
+    fates=("late",),
+    go=BesideGo(migrations=(2.0, 10.0)),
+)
+"""What an agent writes about keepalives comes when somebody else has taken the name."""
+
+LAST_ONES = replace(
+    MIXED,
+    name="last-ones",
+    faults={"kill_go": 2, "cut_go": 3, "cut_pod": 2, "kill_pod": 2, "kill_agent": 1, "end_sdk": 1},
+    storms=(15.0,),
+    go=BesideGo(pods=(2, 3)),
+)
+"""All SDK pods end, and only Go pods can claim what they had."""
+
+MISSED = replace(
+    LAST_ONES,
+    name="missed",
+    faults={"cut_go": 6, "kill_agent": 1, "end_sdk": 2},
+    weather=Weather(),
+    paces=(1.0,),
+    storms=(20.0,),
+    go=BesideGo(pods=(1, 2), cuts=(3.0, 6.0), monitors=(4.0, 15.0)),
+)
+"""Go pods that are cut off when they should see that a pod is dead."""
+
+SCANNING = replace(
+    LAST_ONES, name="scanning", storms=(30.0,), go=BesideGo(pods=(2, 3), scans=True, monitors=(1.0, 4.0))
+)
+"""Go pods with a callback, which issue from what they have claimed."""
+
+STANDSTILLS = replace(
+    MIXED,
+    name="standstills",
+    faults={"freeze_go": 6, "cut_go": 2, "kill_agent": 1, "cut_pod": 1},
+    storms=(20.0,),
+    paces=(3.0,),
+    go=BesideGo(pods=(2,), freezes=(9.0, 12.0), cuts=(9.0, 12.0), monitors=(1.0, 15.0)),
+)
+"""Go pods stand still, SDK pods claim their chunks, and they go on."""
+
+ABSENT = replace(
+    STANDSTILLS,
+    name="absent",
+    storms=(30.0,),
+    application=BURSTS,
+    idle=0.5,
+    go=BesideGo(pods=(2, 3), hold=2.0, freezes=(12.0, 15.0), cuts=(12.0, 15.0), monitors=(1.0, 15.0)),
+)
+"""Go pods come back after SDK pods have issued from their chunks, and have given some back."""
+
+CROWDED = replace(
+    MIXED,
+    name="crowded",
+    faults={"kill_pod": 1, "close_pod": 1, "cut_pod": 2, "kill_go": 1, "kill_agent": 1},
+    storms=(20.0,),
+    paces=(3.0,),
+    block_bits=(4, 5),
+    application=BURSTS,
+    idle=0.5,
+    ahead=2.0,
+    go=BesideGo(pods=(1, 2)),
+)
+"""Chunks come and go, until hardly a number is left that Go pods do not know."""
+
 PROFILES = {
     profile.name: profile
     for profile in (
@@ -322,6 +449,16 @@ PROFILES = {
         RESTLESS,
         ABSENCES,
         NAMESAKES,
+        MIXED,
+        MIGRATION,
+        ROLLBACK,
+        LATE_DELETES,
+        LAST_ONES,
+        MISSED,
+        SCANNING,
+        STANDSTILLS,
+        ABSENT,
+        CROWDED,
     )
 }
 

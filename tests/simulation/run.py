@@ -4,7 +4,7 @@ import asyncio
 import logging
 import multiprocessing
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -12,8 +12,10 @@ import structlog
 
 from drsm_agent.core import lease
 from drsm_sdk import demand, supply
+from tests.simulation import go_pod
 from tests.simulation.loop import Spinning, Stuck, VirtualLoop
 from tests.simulation.loop import run as run_loop
+from tests.simulation.mixed import MixedWorld
 from tests.simulation.profiles import PROFILES
 from tests.simulation.world import ANY, Profile, World
 
@@ -52,7 +54,7 @@ def simulate(seed: int, profile: Profile = ANY) -> Outcome:
     async def live() -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
-        world = World(loop, seed, profile)
+        world = (MixedWorld if profile.go else World)(loop, seed, profile)
         worlds.append(world)
         try:
             await world.live()
@@ -62,6 +64,7 @@ def simulate(seed: int, profile: Profile = ANY) -> Outcome:
     error: BaseException | None = None
     with (
         quiet(),
+        scaled(profile),
         patch.object(lease, "RATE", profile.rate),
         patch.object(supply, "IDLE", profile.idle),
         patch.object(demand, "AHEAD", profile.ahead),
@@ -82,6 +85,15 @@ def simulate(seed: int, profile: Profile = ANY) -> Outcome:
         alarms=worlds[0].alarms,
         faults=frozenset(worlds[0].faults),
     )
+
+
+@contextmanager
+def scaled(profile: Profile) -> Iterator[None]:
+    """Where there are Go pods, the seconds that both sides count are fewer, in proportion."""
+    with ExitStack() as stack:
+        for module, name, seconds in go_pod.SCALED if profile.go else ():
+            stack.enter_context(patch.object(module, name, seconds))
+        yield
 
 
 @contextmanager

@@ -110,6 +110,28 @@ class Application:
 
 
 @dataclass(frozen=True, slots=True)
+class BesideGo:
+    """Go DRSM pods on the same collection (`mixed.MixedWorld`); times are those of `go_pod.scaled`."""
+
+    pods: tuple[int, ...] = (1, 2, 3)
+    hold: float = 20.0
+    """Seconds for which nothing is issued from a Go pod's chunk that an SDK pod has claimed."""
+    freezes: tuple[float, ...] = (0.3, 2.0, 5.0, 9.0, 12.0)
+    cuts: tuple[float, ...] = (0.5, 2.0, 5.0, 9.0, 12.0)
+    """For how many seconds a Go pod is stopped, or cut off the database."""
+    away: tuple[float, ...] = (0.1, 1.0, 2.0, 4.0, 9.0)
+    """Seconds between the end of a Go pod and the start of its successor."""
+    migrations: tuple[float, float] = (0.1, 9.0)
+    """Seconds between the end of a pod and the start of one of the other kind."""
+    monitors: tuple[float, ...] = (1.0, 4.0, 15.0)
+    """Seconds between two rounds of the TTL monitor."""
+    wrong: tuple[float, ...] = (0.0, 0.0, -1.5, 1.5)
+    """By how many seconds a Go pod's wall clock may be wrong."""
+    scans: bool = False
+    """Whether Go pods have a callback, and issue from chunks that they have claimed and scanned."""
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
     """What a seed may bring. None: the seed chooses."""
 
@@ -157,6 +179,7 @@ class Profile:
     """Seconds that a chunk stays empty before it goes back: in the storm's minute it shall happen often."""
     ahead: float = demand.AHEAD
     """Seconds that a pod's stock should last."""
+    go: BesideGo | None = None
 
 
 ANY = Profile(
@@ -259,7 +282,7 @@ class World:
         self.database.lag = self._chosen(profile.lag, 0.0, 0.0, 0.01, 0.05)
         self.definition = self.settings.definitions[POOL]
         self.places = Places(self.definition)
-        self.observer = Observer(self.database, Subjects("drsm"), loop.time, self.places)
+        self.observer = self._observer()
         self.observer.quarantine = self._quarantine * (1 - 2 * profile.rate)
         self.observer.liveness_left = self._liveness_left
         self.observer.may_issue, self.observer.holds = self._may_issue, self._holds
@@ -306,7 +329,17 @@ class World:
             settings_revision=revision,
             http_port=0,
             agent_id="agent",
+            **self._more_settings(),
         )
+
+    def _more_settings(self) -> dict[str, Any]:
+        return {}
+
+    def _observer(self) -> Observer:
+        return Observer(self.database, Subjects("drsm"), self.loop.time, self.places)
+
+    def _view(self, node: Node) -> View:
+        return View(self.database, node)
 
     def _pool(self, usage_lag: float, revision: int) -> dict[str, Any]:
         """The definition of the pool that everybody uses."""
@@ -349,12 +382,15 @@ class World:
         await self._until_failed(self._storm_seconds)
         storm.cancel()
         self._calm_down()
-        longer = max(self.profile.allocations) - ALLOCATION
-        slower = 1 + 2 * (self.profile.clocks or 0.0)
-        await self._until_healed(HEALING_SECONDS * slower + self.profile.usage_lag + max(longer, 0.0))
+        await self._until_healed(self._healing_seconds())
         await self._until_demuxes_agree()
         self._judge()
         await self._count_the_free()
+
+    def _healing_seconds(self) -> float:
+        longer = max(self.profile.allocations) - ALLOCATION
+        slower = 1 + 2 * (self.profile.clocks or 0.0)
+        return HEALING_SECONDS * slower + self.profile.usage_lag + max(longer, 0.0)
 
     @property
     def alarms(self) -> int:
@@ -452,7 +488,7 @@ class World:
 
     def start_agent(self, name: str) -> None:
         machine = self._machine(name)
-        bus, view = AgentBus(self.network, machine.node), View(self.database, machine.node)
+        bus, view = AgentBus(self.network, machine.node), self._view(machine.node)
         actor = AgentActor(machine, bus, view, self.settings)
         self.agents.append(actor)
         actor.task = machine.node.start(self._guard(self._agent(actor)))
@@ -522,10 +558,13 @@ class World:
             if not actor.left:
                 await asyncio.sleep(0.5)
 
+    def _identity(self, name: str) -> Pod:
+        return Pod(name, "10.0.0.1", "i")
+
     def _drsm(self, machine: Machine, transport: PodTransport) -> Drsm:
         drsm = Drsm.connect(
             "nats://simulated",
-            Pod(machine.name, "10.0.0.1", "i"),
+            self._identity(machine.name),
             transport=transport,
             clock=machine.clock,
             chance=ambient.Chance(random.Random(self.chance.getrandbits(64))),
@@ -902,11 +941,10 @@ class World:
         chunks = map(read_chunk, self.database.documents(POOL))
         return {chunk.n: chunk for chunk in chunks if chunk is not None}
 
-    def _truth(self) -> dict[int, tuple[str, int]]:
+    def _truth(self) -> dict[int, tuple[Any, ...]]:
         return {n: chunk.owner.key for n, chunk in self._table().items()}
 
-    @staticmethod
-    def _held(actor: DemuxActor) -> dict[int, tuple[str, int]]:
+    def _held(self, actor: DemuxActor) -> dict[int, tuple[Any, ...]]:
         return {n: owner.key for n, owner in actor.demux.chunks().items()}
 
     def _judge(self) -> None:
@@ -921,6 +959,15 @@ class World:
                 yield "G6", f"{pod.machine.name} is {pod.drsm.state}"
             if pod.waiting_since is not None and self.loop.time() - pod.waiting_since > WAIT_MOST:
                 yield "G6", f"{pod.machine.name} has waited since {pod.waiting_since:.1f}"
+        yield from self._faulty_chunks()
+        truth = self._truth()
+        for actor in self.demuxes:
+            held = self._held(actor)
+            if held != truth or not actor.demux.synced:
+                differs = sorted(set(held.items()) ^ set(truth.items()))
+                yield "G5", f"{actor.machine.name} differs from the database: {differs}"
+
+    def _faulty_chunks(self) -> Iterator[tuple[str, str]]:
         documents = self.database.documents(SESSIONS)
         alive = {document["_id"] for document in documents if document["state"] != DEAD}
         for n, chunk in sorted(self._table().items()):
@@ -929,12 +976,6 @@ class World:
                 yield "G3", f"chunk {n} still belongs to {key}, which is dead"
             if chunk.marked:
                 yield "G3", f"chunk {n} of {key} is still marked"
-        truth = self._truth()
-        for actor in self.demuxes:
-            held = self._held(actor)
-            if held != truth or not actor.demux.synced:
-                differs = sorted(set(held.items()) ^ set(truth.items()))
-                yield "G5", f"{actor.machine.name} differs from the database: {differs}"
 
     async def _count_the_free(self) -> None:
         """Every chunk is owned or free, none is lost: with all pods stopped, one that takes all that is
@@ -945,11 +986,15 @@ class World:
         self._buried.append(taker.machine.node)
         taker.machine.node.start(self._guard(taker.take_all()))
         await asyncio.sleep(0)
-        capacity, deadline = self.definition.capacity, self.loop.time() + COUNT_SECONDS
-        while missing := sorted(set(range(capacity)) - self._table().keys()):
+        deadline = self.loop.time() + COUNT_SECONDS
+        while missing := self._missing():
             if self.loop.time() >= deadline:
                 self.observer.broken("G3", f"nobody owns chunks {missing}, and they are not granted")
             await self._until_failed(0.05)
+
+    def _missing(self) -> list[int]:
+        """Chunks that should have been granted by now to one that takes all."""
+        return sorted(set(range(self.definition.capacity)) - self._table().keys())
 
 
 class Taker:

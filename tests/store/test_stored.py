@@ -24,6 +24,7 @@ from drsm_agent.core.writes import (
 from drsm_agent.errors import Misconfigured, StoreUnavailable
 from drsm_agent.ports import Store
 from drsm_agent.store import stored
+from drsm_agent.store.memory import MemoryStore
 from drsm_agent.store.stored import check_current, ensure_stored
 from drsm_sdk.wire import codec
 from drsm_sdk.wire.definition import Definition
@@ -111,10 +112,28 @@ def test_an_agent_whose_pool_was_moved_meanwhile_does_not_lead() -> None:
         )
 
 
-def test_a_pool_never_changes_its_database() -> None:
-    """Not with any revision."""
-    with pytest.raises(ValueError, match="database cannot change"):
-        reconcile(POOL, _pool(revision=9, database="other"))
+class Elsewhere(MemoryStore):
+    """A store that says in which other database a pool has chunks."""
+
+    chunks_in = ""
+
+    async def has_chunks(self, space: str, database: str | None = None) -> bool:
+        return database == self.chunks_in
+
+
+async def test_a_pool_changes_its_database_only_while_it_has_no_chunks_there() -> None:
+    """Whoever finds that the Go fleet is elsewhere follows it; chunks that were granted would be lost."""
+    store = Elsewhere(["amfid"])
+    await ensure_stored(store, [_pool(database="sdcore")])
+    moved = _pool(revision=2, database="other")
+    store.chunks_in = "sdcore"
+    with pytest.raises(Misconfigured, match="chunks in database sdcore"):
+        await ensure_stored(store, [moved])
+    store.chunks_in = ""
+    with pytest.raises(Misconfigured, match="a change needs a revision above 1"):
+        await ensure_stored(store, [_pool(database="other")])
+    await ensure_stored(store, [moved])
+    assert {d["_id"]: d["database"] for d in await store.read(SETTINGS)} == {"pool:amfid": "other"}
 
 
 @pytest.mark.parametrize("change", [{"bits": 32}, {"slots": 1024}, {"reserved": ()}, {}])

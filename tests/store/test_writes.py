@@ -7,7 +7,17 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from drsm_agent.core import writes
-from drsm_agent.core.documents import DEAD, LIVE, OPENED, Chunk, Document, read_chunk, read_session
+from drsm_agent.core.documents import (
+    DEAD,
+    LIVE,
+    OPENED,
+    Chunk,
+    Document,
+    Keepalive,
+    read_chunk,
+    read_keepalive,
+    read_session,
+)
 from drsm_agent.core.table import SESSIONS, STAMPS
 from drsm_agent.core.writes import (
     LEADER,
@@ -260,29 +270,78 @@ async def test_a_mark_is_cleared_once_and_takes_the_hold_with_it(store: AnyStore
 # --- Keepalive mirrors ----------------------------------------------------------------------------
 
 
-async def test_a_mirror_is_inserted_prolonged_and_deleted(store: AnyStore) -> None:
-    """As Go pods see a session's life."""
-    assert await only(store, writes.mirror_keepalive(POOL, POD, SOON)) == 1
-    assert await only(store, writes.prolong_mirror(POOL, POD, SOON + timedelta(seconds=1))) == 1
-    assert await only(store, writes.prolong_mirror(POOL, POD, SOON + timedelta(seconds=1))) == 0
+LATER = SOON + timedelta(seconds=1)
+
+
+async def _keepalive(store: AnyStore) -> Keepalive:
     document = await found(store, POOL, POD.name)
     assert document
-    assert document["expireAt"] == SOON + timedelta(seconds=1)
-    assert await only(store, writes.delete_mirror(POOL, POD)) == 1
+    keepalive = read_keepalive(document)
+    assert keepalive
+    return keepalive
+
+
+async def test_a_mirror_is_inserted_prolonged_and_deleted(store: AnyStore) -> None:
+    """As Go pods see a session's life; each write matches only what was seen before it."""
+    assert await only(store, writes.mirror_keepalive(POOL, POD, SOON)) == 1
+    first = await _keepalive(store)
+    assert (first.mirrored, first.expire_at) == (POD, SOON)
+    assert await only(store, writes.prolong_keepalive(POOL, first, LATER)) == 1
+    assert await only(store, writes.prolong_keepalive(POOL, first, LATER)) == 0
+    assert (await _keepalive(store)).expire_at == LATER
+    assert await only(store, writes.delete_keepalive(POOL, POD.name, first)) == 0
+    assert await only(store, writes.delete_keepalive(POOL, POD.name, await _keepalive(store))) == 1
 
 
 async def test_a_renewal_does_not_bring_a_mirror_back(store: AnyStore) -> None:
     """Updated, never upserted."""
-    assert await only(store, writes.prolong_mirror(POOL, POD, SOON)) == 0
+    await store.write([writes.mirror_keepalive(POOL, POD, SOON)])
+    seen = await _keepalive(store)
+    await store.write([writes.delete_keepalive(POOL, POD.name, seen)])
+    assert await only(store, writes.prolong_keepalive(POOL, seen, LATER)) == 0
     assert await store.read(POOL) == []
 
 
 async def test_the_mirror_of_another_incarnation_is_left_alone(store: AnyStore) -> None:
-    """A pod that restarted under its name has a mirror of its own."""
-    await store.write([writes.mirror_keepalive(POOL, POD, SOON)])
+    """A pod that restarted under its name has taken its mirror over."""
     former = replace(POD, incarnation=INCARNATION - 1)
-    assert await only(store, writes.delete_mirror(POOL, former)) == 0
-    assert await only(store, writes.prolong_mirror(POOL, former, SOON + timedelta(1))) == 0
+    await store.write([writes.mirror_keepalive(POOL, former, SOON)])
+    seen = await _keepalive(store)
+    assert await only(store, writes.take_over_keepalive(POOL, seen, POD, SOON)) == 1
+    assert await only(store, writes.delete_keepalive(POOL, former.name, seen)) == 0
+    assert await only(store, writes.prolong_keepalive(POOL, seen, LATER)) == 0
+    assert (await _keepalive(store)).mirrored == POD
+
+
+async def test_a_go_pods_keepalive_is_put_off_and_taken_over_unless_it_renews(store: AnyStore) -> None:
+    """As it was seen, on a real database too: a renewal of the original's wins, with or without `drsm`."""
+    go = {"type": "keepalive", "podId": POD.name, "podIp": POD.ip, "podInstance": POD.instance}
+    await put(store, POOL, {"_id": POD.name} | go | {"expireAt": SOON})
+    seen = await _keepalive(store)
+    assert await only(store, writes.push_keepalive(POOL, POD.name, seen, LATER)) == 1
+    pushed = await _keepalive(store)
+    assert (pushed.by_go, pushed.expire_at, pushed.pushed) == (False, LATER, LATER)
+    renewed = LATER + timedelta(seconds=1)
+    await store.write([setting(POOL, POD.name, expireAt=renewed)])
+    assert await only(store, writes.take_over_keepalive(POOL, pushed, POD, LATER)) == 0
+    assert await only(store, writes.note_silence(POOL, POD.name, pushed)) == 0
+    seen = await _keepalive(store)
+    assert seen.by_go
+    assert await only(store, writes.note_silence(POOL, POD.name, seen)) == 1
+    assert (await _keepalive(store)).go_down
+    assert await only(store, writes.take_over_keepalive(POOL, seen, POD, LATER)) == 1
+    assert (await _keepalive(store)).mirrored == POD
+
+
+async def test_a_chunk_without_all_of_gos_fields_is_claimed_as_it_was_seen(store: AnyStore) -> None:
+    """The guard takes a missing field as missing, and a chunk that has got it is another."""
+    bare = replace(go_chunk(), ip=None, instance=None)
+    await put(store, POOL, bare.document)
+    assert await only(store, writes.claim(POOL, go_chunk(), OTHER, "new-grant", 5000)) == 0
+    assert await only(store, writes.claim(POOL, bare, OTHER, "new-grant", 5000)) == 1
+    chunk = await _chunk(store)
+    assert chunk
+    assert (chunk.owner, chunk.go_owners) == (OTHER, (bare.pod,))
 
 
 # --- The lead, the position, the stamp ------------------------------------------------------------

@@ -1,0 +1,120 @@
+"""Which keepalive documents there shall be: what Go DRSM pods on the same collection see of our pods.
+
+A Go pod claims the chunks that name a pod when it sees that pod's keepalive deleted, and only then; it does
+not look at who is alive. So the agent decides by keepalives what Go pods do to our chunks:
+
+- A living SDK pod has a mirror, whose end is always far ahead, before it owns its first chunk. Where a Go
+  pod has left a keepalive of that name, its end is put off, until it has stood unchanged for so long that the
+  Go pod is gone; then it becomes the mirror, in one write. It is never deleted and inserted anew.
+- A dead SDK pod's mirror is deleted once nobody issues from its chunks any more, although chunks name it:
+  where no SDK pod lives, Go pods shall claim them. They may have missed it, so it is shown again.
+- A Go pod that owns chunks, has no keepalive and is silent gets a stand-in that says so.
+
+`expire_at` is as it is written; times are seconds: of the database for the end of a keepalive, of the
+leader's clock for how long something has lasted.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from drsm_agent.core import writes
+from drsm_agent.core.documents import GO_INCARNATION, Keepalive, Owner
+from drsm_agent.core.table import UNKNOWN, PoolTable
+from drsm_agent.core.writes import Insert, Update
+
+GO_TTL = 20.0
+"""How far ahead a Go pod puts the end of its keepalive, every 5 s, on its own clock."""
+GO_SILENCE = 25.0
+"""A Go pod whose keepalive stood unchanged, or was missing, for this long is down: that is `GO_TTL` and a
+renewal. Longer than `feed.STILL_AFTER` and a renewal: that the stream stands still is noticed first."""
+TTL_MONITOR = 60.0
+"""MongoDB looks for expired documents once in so many seconds."""
+TTL_LATE = 30.0
+"""Beyond that, a keepalive that is still there is one that MongoDB does not delete."""
+LEASES_AHEAD, SLACK = 3, 10.0
+"""A mirror's end is put so many allocation leases ahead, each half lease anew; so it is never less than `A +
+W` ahead, nor deleted before every pod that was not renewed has stopped issuing. And some seconds more: the
+table's last change, by which the database's time is known, is as old as the stream is quiet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The end that a keepalive gets now, and the earliest that need not be put off, in seconds."""
+
+    expire_at: Any
+    least: float
+
+
+def ahead(allocation: float) -> float:
+    """How far ahead of the database's time a mirror ends, in seconds."""
+    return LEASES_AHEAD * allocation + SLACK
+
+
+def for_living(pool: PoolTable, owner: Owner, ends: Ends, *, go_silent: bool) -> Insert | Update | None:
+    """What the keepalive of a living SDK pod needs. `go_silent`: a Go pod of its name has shown no sign of
+    life for `GO_SILENCE`."""
+    seen = pool.keepalives.get(owner.name)
+    if seen is None:
+        return writes.mirror_keepalive(pool.name, owner, ends.expire_at)
+    mirrored = seen.mirrored
+    if mirrored is None and not (go_silent or seen.go_down):
+        return for_namesake(pool, owner.name, ends)
+    if mirrored is None or mirrored.incarnation < owner.incarnation:
+        return writes.take_over_keepalive(pool.name, seen, owner, ends.expire_at)
+    told_in_vain = seen.silent is not None and (owner.name, GO_INCARNATION) not in pool.held
+    if mirrored == owner and (told_in_vain or _end(seen.expire_at) < ends.least):
+        return writes.prolong_keepalive(pool.name, seen, ends.expire_at, keep_silent=not told_in_vain)
+    return None
+
+
+def for_namesake(pool: PoolTable, name: str, ends: Ends) -> Update | None:
+    """Puts off the end of a Go pod's keepalive, as an SDK pod of its name begins."""
+    seen = pool.keepalives.get(name)
+    if seen and seen.mirrored is None and not seen.go_down and _end(seen.expire_at) < ends.least:
+        return writes.push_keepalive(pool.name, name, seen, ends.expire_at)
+    return None
+
+
+def shows(pool: PoolTable, owner: Owner) -> bool:
+    """Whether a keepalive is there by which Go pods know a living SDK pod, or its Go namesake."""
+    seen = pool.keepalives.get(owner.name)
+    return seen is not None and (seen.mirrored is None or seen.mirrored == owner)
+
+
+def of_nobody(pool: PoolTable) -> Iterator[tuple[Keepalive, Owner]]:
+    """The agent's keepalives whose incarnation, and whose name, no living pod has."""
+    alive = {owner.name for owner in pool.live.values()}
+    for seen in pool.keepalives.values():
+        owner = seen.mirrored
+        if owner is not None and owner.name not in alive:
+            yield seen, owner
+
+
+def go_writes_under(pool: PoolTable, name: str) -> bool:
+    """Whether a chunk that a Go pod wrote names a pod, and nothing says that it is down: it allocates up to
+    five seconds before its first keepalive."""
+    return (name, GO_INCARNATION) in pool.held and pool.state(Owner(name, "", "", GO_INCARNATION)) == UNKNOWN
+
+
+def for_silent_go(pool: PoolTable, name: str, ends: Ends) -> Insert | Update:
+    """Says that a Go pod which owns chunks is down."""
+    seen = pool.keepalives.get(name)
+    if seen is not None:
+        return writes.note_silence(pool.name, name, seen)
+    held = pool.held[name, GO_INCARNATION]
+    return writes.mirror_keepalive(pool.name, pool.chunks[next(iter(held.numbers))].owner, ends.expire_at)
+
+
+def overdue(seen: Keepalive, database_time: float, silence: float) -> bool:
+    """Whether MongoDB's TTL monitor should have deleted a silent Go pod's keepalive by now. Where the agent
+    has put its end off, so long after the Go pod's own end."""
+    late = TTL_MONITOR + TTL_LATE
+    return _end(seen.expire_at) + late <= database_time or (not seen.by_go and silence >= GO_TTL + late)
+
+
+def _end(expire_at: Any) -> float:
+    """When a keepalive ends, in seconds since the epoch; for what is no date, which MongoDB never deletes,
+    the past."""
+    stamp = getattr(expire_at, "timestamp", None)
+    return float(stamp()) if callable(stamp) else float("-inf")

@@ -1,0 +1,282 @@
+"""Go DRSM pods on the same collection: who is silent, and what came back.
+
+A Go pod has no lease, and nobody can tell it to stop. Its keepalive is its only sign of life, with the
+chunks that it writes. The leader counts for how long it has seen none, on its own clock, and only while it
+would have seen one. What it concludes it writes into documents, so that every agent and every demux sees the
+same (G5).
+
+A Go pod that stood still and goes on issues from chunks that SDK pods have claimed meanwhile. Nothing
+prevents that; but each such chunk remembers whom it came from, and when that name shows a sign of life, the
+chunk goes back to it, or nothing is issued from it by our pod either.
+"""
+
+from collections.abc import Callable, Iterator
+
+import structlog
+
+from drsm_agent.core import keepalives, writes
+from drsm_agent.core.documents import GO_INCARNATION, LIVE, Chunk, Owner, chunk_number
+from drsm_agent.core.events import CLAIMED
+from drsm_agent.core.lease import RATE
+from drsm_agent.core.numbers import KNOWN_SHARE
+from drsm_agent.core.placement import visible_ms
+from drsm_agent.core.table import PoolTable
+from drsm_agent.core.writes import Update, Write
+from drsm_agent.feed import Entry
+from drsm_agent.probe import Probe
+from drsm_agent.reign import Reign
+from drsm_sdk.wire.definition import Definition
+from drsm_sdk.wire.space import INTEGER, Space
+
+SETTLES = 5.0
+"""Seconds after a Go pod's first sign of life until its chunks move: by then it has heard that its keepalive
+was deleted, and no longer claims what names it."""
+HOLD_SHARE = 0.5
+"""While a Go pod goes on issuing from our pod's chunk, that is held anew after so much of the Go pods'
+hold."""
+WRITES_MAX = 1000
+"""Chunks that one bulk write moves."""
+NAMED_MAX = 10
+"""Chunks that a log line names."""
+GO_CHUNKS_MAX = 2**21
+"""Go's ids are signed integers of 32 bits, of which the lowest 10 are the slot."""
+GO_BLOCK_BITS, GO_SLOTS = 10, 1000
+
+log = structlog.get_logger("drsm_agent.go_pods")
+Name = tuple[str, str]
+"""A pool and a pod of it."""
+
+
+class GoPods:
+    """What one lead knows of Go pods."""
+
+    def __init__(self, reign: Reign, probe: Probe, stream_stands: Callable[[], bool]) -> None:
+        self._table, self._relay, self._leases = reign.table, reign.relay, reign.leases
+        self._definitions, self._clock, self._chance = reign.definitions, reign.clock, reign.chance
+        self._metrics, self._hold = reign.metrics, reign.go.hold
+        self._probe, self._stream_stands = probe, stream_stands
+        self._fresh_since = self._clock()
+        self._signs: dict[Name, int] = {
+            (pool.name, name): count
+            for pool in self._table.pools.values()
+            for name, count in pool.signs.items()
+        }
+        self._heard: dict[Name, float] = {}
+        self._told: dict[Name, int] = {}
+        """Who was said to be silent, after which sign."""
+        self._back_since: dict[Name, float] = {}
+        self._claimed: dict[tuple[str, int], tuple[str, float]] = {}
+        """Our claims of Go pods' chunks: the grant, and when it was sent."""
+        self._moved: dict[tuple[str, int], tuple[str, float]] = {}
+        """Chunks of ours that are held as a Go pod issues from them: the grant, and since when."""
+        self._passed_on: dict[tuple[str, int], tuple[Owner, str]] = {}
+
+    # --- Signs of life -------------------------------------------------------------------------------
+
+    def note(self, entry: Entry) -> None:
+        """Something changed: perhaps a Go pod has shown that it lives, or has claimed a chunk."""
+        now = self._clock()
+        for space, key in entry.changed:
+            pool = self._table.pools.get(space)
+            if pool is None or not pool.signs:
+                continue
+            n = chunk_number(key)
+            chunk = pool.chunks.get(n) if n is not None else None
+            self._look(pool, chunk.pod if chunk else key, now)
+        for event in entry.events:
+            if event.kind == CLAIMED and event.owner and event.previous and event.owner.is_go:
+                self._note_claim(event.pool, event.chunks, event.owner, event.previous)
+
+    def _look(self, pool: PoolTable, name: str, now: float) -> None:
+        count = pool.signs.get(name, 0)
+        if count != self._signs.get((pool.name, name), 0):
+            self._signs[pool.name, name] = count
+            self._heard[pool.name, name] = now
+
+    def _note_claim(self, pool: str, chunks: tuple[int, ...], owner: Owner, previous: Owner) -> None:
+        """By a Go pod: of another one's chunk, whose name is to be remembered; or of a living pod of ours."""
+        if previous.is_go:
+            if previous.name != owner.name:
+                self._passed_on |= {(pool, n): (owner, previous.name) for n in chunks}
+            return
+        session = self._table.sessions.get(previous.key)
+        if session is not None and session.state == LIVE:
+            self._metrics.claimed_by_go.labels(pool=pool).inc(len(chunks))
+            log.error(
+                "claimed_by_go",
+                pool=pool,
+                pod=previous.name,
+                by=owner.name,
+                chunks=chunks[:NAMED_MAX],
+                count=len(chunks),
+                action="a Go pod took chunks of a pod that lives, whose keepalive it has seen deleted: did "
+                "all agents stand still, or did somebody delete it? Its other chunks are safe",
+            )
+
+    def heard_since(self, pool: str, name: str, since: float) -> bool:
+        """Whether a Go pod has shown a sign of life after a moment of the leader's clock."""
+        return self._heard.get((pool, name), float("-inf")) > since
+
+    def is_silent(self, pool: str, name: str) -> bool:
+        """Whether a Go pod is down: for so long there was no sign of it, though there would have been one."""
+        return self.silence(pool, name) >= keepalives.GO_SILENCE
+
+    def silence(self, pool: str, name: str) -> float:
+        """Seconds since its last sign of life, as far as this leader has seen any."""
+        now = self._clock()
+        return now - max(self._heard.setdefault((pool, name), now), self._fresh_since)
+
+    def next_look(self) -> float | None:
+        """When the next one may be silent, or come back for its chunks; None while there is nobody."""
+        now = self._clock()
+        times = [max(heard, self._fresh_since) + keepalives.GO_SILENCE for heard in self._heard.values()]
+        back = [now + SETTLES] if self._back_since else []
+        return min([*(at for at in times if at > now), *back], default=None)
+
+    def _counts(self, pool: str, name: str) -> bool:
+        table = self._table.pools[pool]
+        return (name, GO_INCARNATION) in table.live or (name, GO_INCARNATION) in table.held
+
+    # --- What follows, one step at a time ------------------------------------------------------------
+
+    async def look(self) -> None:
+        """Write down who is silent, and move what came back."""
+        now = self._clock()
+        if not self._probe.healthy(now) or self._stream_stands():
+            self._fresh_since = now
+        for pool in self._table.pools.values():
+            if not (pool.has_go or pool.from_go):  # as a rule
+                continue
+            for step in (self._tell_silence, self._remember, self._move_back):
+                decided = list(step(pool))
+                for start in range(0, len(decided), WRITES_MAX):
+                    await self._relay.commit(decided[start : start + WRITES_MAX])
+        self._forget()
+
+    def _tell_silence(self, pool: PoolTable) -> Iterator[Write]:
+        """Keepalives that stand unchanged, also where MongoDB's TTL monitor does not delete them. They stay:
+        a Go pod that lives and saw its own deleted would claim its own chunks, and issue from them anew."""
+        for key, keepalive in pool.keepalives.items():
+            alive = keepalive.go_owner if not keepalive.go_down else None
+            if not alive or not self.is_silent(pool.name, alive.name):
+                continue
+            if self._told.get((pool.name, key)) != self._signs.get(
+                (pool.name, key), 0
+            ):  # once for each silence
+                self._told[pool.name, key] = self._signs.get((pool.name, key), 0)
+                log.warning("go_pod_silent", pool=pool.name, pod=key, seconds=keepalives.GO_SILENCE)
+                self._metrics.deaths.labels(reason="silent").inc()
+            yield writes.note_silence(pool.name, key, keepalive)
+
+    def _remember(self, pool: PoolTable) -> Iterator[Write]:
+        """Chunks that went from one Go pod to another."""
+        for name, n in [key for key in self._passed_on if key[0] == pool.name]:
+            owner, former = self._passed_on.pop((name, n))
+            chunk = pool.chunks.get(n)
+            if chunk is not None and chunk.owner == owner and former not in chunk.go_owners:
+                yield writes.remember_go(name, chunk, former)
+
+    def _move_back(self, pool: PoolTable) -> Iterator[Write]:
+        moved: set[int] = set()
+        for name in list(pool.from_go):
+            go = pool.live.get((name, GO_INCARNATION))
+            if go is None:
+                self._back_since.pop((pool.name, name), None)
+                continue
+            since = self._back_since.setdefault((pool.name, name), self._clock())
+            if self._clock() - since >= SETTLES:
+                yield from self._moves(pool, go, moved)
+
+    def _moves(self, pool: PoolTable, go: Owner, moved: set[int]) -> Iterator[Update]:
+        """A Go pod lives that our pods' chunks came from; those `moved` came from another one, too."""
+        back, held = [], []
+        for n in [n for n in pool.from_go[go.name] if n not in moved]:
+            chunk = pool.chunks[n]
+            if self._untouched(pool.name, chunk):
+                back.append(n)
+                yield writes.give_back_to_go(pool.name, chunk, go)
+            elif chunk.owner.key in pool.live and self._is_due(pool.name, chunk):
+                held.append(n)
+                yield self._hold_again(pool.name, chunk)
+        moved.update(back, held)
+        if back or held:
+            self._metrics.go_came_back.labels(pool=pool.name).inc(len(back) + len(held))
+            log.error(
+                "go_pod_came_back",
+                pool=pool.name,
+                pod=go.name,
+                returned=back[:NAMED_MAX],
+                held=held[:NAMED_MAX],
+                count=len(back) + len(held),
+                action="it was silent, its chunks were claimed, and it goes on: ids of those that are held "
+                "may have been issued twice. Restart this Go pod; and look why it stood still",
+            )
+
+    def _untouched(self, pool: str, chunk: Chunk) -> bool:
+        """Whether certainly nothing was or will be issued from a chunk since this leader claimed it from a
+        Go pod: its hold outlasts whatever its owner, if it does not hear of this, may still count on."""
+        grant, sent = self._claimed.get((pool, chunk.n), ("", 0.0))
+        if not chunk.marked or grant != chunk.grant:
+            return False
+        left = chunk.hold_ms / 1000 * (1 - 2 * RATE) - (self._clock() - sent)
+        return left > self._leases.allocation + SETTLES
+
+    def _is_due(self, pool: str, chunk: Chunk) -> bool:
+        grant, since = self._moved.get((pool, chunk.n), ("", float("-inf")))
+        return grant != chunk.grant or self._clock() - since >= HOLD_SHARE * self._hold
+
+    def _hold_again(self, pool: str, chunk: Chunk) -> Update:
+        """To its own owner, for the hold from the Go pod's last sign of life; that is until the next time,
+        now."""
+        grant = self._chance.token()
+        self._moved[pool, chunk.n] = grant, self._clock()
+        hold_ms = round(self._hold * 1000 * (1 + HOLD_SHARE)) + visible_ms(
+            self._definitions[pool].usage_lag_ms
+        )
+        return writes.claim(pool, chunk, chunk.owner, grant, max(hold_ms, chunk.hold_ms))
+
+    def claiming(self, pool: str, chunk: Chunk, grant: str) -> None:
+        """A Go pod's chunk is about to be claimed for a pod of ours."""
+        if chunk.owner.is_go:
+            self._claimed[pool, chunk.n] = grant, self._clock()
+
+    def may_live(self, pool: PoolTable, chunk: Chunk) -> bool:
+        """Whether a Go pod that our pod's chunk came from lives, as far as anybody knows."""
+        return any((name, GO_INCARNATION) in pool.live for name in chunk.go_owners)
+
+    def _forget(self) -> None:
+        """What is about nobody any more."""
+        self._heard = {key: at for key, at in self._heard.items() if self._counts(*key)}
+        for remembered in (self._claimed, self._moved):
+            for pool, n in [
+                key
+                for key, (grant, _) in remembered.items()
+                if (chunk := self._table.pools[key[0]].chunks.get(key[1])) is None or chunk.grant != grant
+            ]:
+                del remembered[pool, n]
+
+
+def go_knows_too_many(pool: PoolTable, capacity: int) -> bool:
+    """Whether no number is granted that Go pods have not seen yet: with fewer left they take ever longer to
+    find one, and with none they spin for ever. They forget only when they are started anew."""
+    return pool.has_go and len(pool.known) >= int(KNOWN_SHARE * capacity)
+
+
+def cannot_honour(definition: Definition) -> list[str]:
+    """What of a pool's definition Go pods do not keep to; nothing where both can live on its collection."""
+    if definition.spaces:
+        return ["it has several spaces"]
+    if definition.kind != INTEGER:
+        return [f"its kind is {definition.kind}"]
+    return [*_of_space(definition), *(["quarantine_ms is set"] if definition.quarantine_ms else [])]
+
+
+def _of_space(space: Space) -> Iterator[str]:
+    if space.block_bits != GO_BLOCK_BITS:
+        yield f"block_bits is {space.block_bits}, not {GO_BLOCK_BITS}"
+    if space.slots != GO_SLOTS:
+        yield f"slots is {space.slots}, not {GO_SLOTS}"
+    if space.capacity > GO_CHUNKS_MAX:
+        yield f"bits is {space.bits}, and Go's ids have 31"
+    if space.reserved:
+        yield "reserved is set"

@@ -1,0 +1,1 @@
+"""Pods of the original DRSM, the real Go module, beside SDK pods on one collection."""
