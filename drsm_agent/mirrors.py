@@ -56,15 +56,8 @@ class Mirrors:
         self._table, self._relay, self._leases = reign.table, reign.relay, reign.leases
         self._definitions, self._clock, self._grants = reign.definitions, reign.clock, reign.grants
         self._go, self.go_pods = reign.go, go_pods
-        now = self._clock()
-        self._gone_at: dict[Name, float] = {
-            (pool.name, name): now
-            for pool in self._table.pools.values()
-            for name, _ in pool.held
-            if name not in pool.keepalives
-        }
-        """When a keepalive was deleted. Of pods that chunks name, and that had none at the beginning, nobody
-        knows it: perhaps just now."""
+        self._gone_at: dict[Name, float] = dict.fromkeys(self._gone_before(), self._clock())
+        """When a keepalive was deleted."""
         self._over_since: dict[tuple[str, Key, bool], float] = {}
         """Since when a dead pod of a pool has chunks, or has none."""
         self._opened_at: dict[Key, float] = {}
@@ -80,7 +73,7 @@ class Mirrors:
         """See that each of these living pods has a keepalive that Go pods take for its life. Raises
         StoreUnavailable."""
         for _ in range(ROUNDS_MAX):
-            missing = [owner for owner in owners if not keepalives.shows(pool, owner)]
+            missing = [owner for owner in owners if not self._shows(pool, owner)]
             ends = self._ends()
             needed = [write for owner in missing if (write := self._needed(pool, owner, ends))]
             if not needed:
@@ -90,7 +83,20 @@ class Mirrors:
     def may_receive(self, pool: PoolTable, owner: Owner) -> bool:
         """Whether a pod may get chunks at this moment: it has a keepalive, and none of its name was deleted
         just now, as Go pods then claim whatever names it."""
-        return self._settled(pool, owner.name) and keepalives.shows(pool, owner)
+        return self._settled(pool, owner.name) and self._shows(pool, owner)
+
+    def _gone_before(self) -> Iterator[Name]:
+        """Names whose keepalive may have been deleted just before this lead: those that this agent has seen
+        go, by the database's time; and those that chunks name, as it may have begun to look later than
+        that."""
+        for pool in self._table.pools.values():
+            for name, at in pool.gone.items():
+                if self._table.seconds - (at >> 32) <= SETTLES:
+                    yield pool.name, name
+            yield from ((pool.name, name) for name, _ in pool.held if name not in pool.keepalives)
+
+    def _shows(self, pool: PoolTable, owner: Owner) -> bool:
+        return keepalives.shows(pool, owner, self._table.seconds)
 
     def _settled(self, pool: PoolTable, name: str) -> bool:
         if not pool.has_go:
@@ -155,7 +161,7 @@ class Mirrors:
             decided = [
                 *self._kept(pool, [*pool.live, *opened], ends),
                 *self._stood_in(pool, ends),
-                *self._over(pool, now),
+                *self._over(pool, now, ends),
                 *self._shown_again(pool, now, ends),
                 *self._overdue(pool),
                 *self._left(pool, now),
@@ -209,7 +215,7 @@ class Mirrors:
     def _stood_in(self, pool: PoolTable, ends: Ends) -> Iterator[Write]:
         """Go pods that own chunks, have no keepalive and are silent: nothing else says that they are down."""
         for name, incarnation in pool.held if pool.go_chunks else ():
-            untold = incarnation == GO_INCARNATION and keepalives.go_writes_under(pool, name)
+            untold = incarnation == GO_INCARNATION and keepalives.is_unknown(pool, name)
             if untold and self.go_pods.is_silent(pool.name, name):
                 yield keepalives.for_silent_go(pool, name, ends)
 
@@ -225,10 +231,14 @@ class Mirrors:
         for over in [over for over in self._over_since if over[0] == pool.name and over not in known]:
             del self._over_since[over]
 
-    def _over(self, pool: PoolTable, now: float) -> Iterator[Write]:
+    def _over(self, pool: PoolTable, now: float, ends: Ends) -> Iterator[Write]:
         """The keepalives of the dead go once nobody issues from their chunks."""
         for seen, owner in keepalives.of_nobody(pool):
-            if keepalives.go_writes_under(pool, owner.name):
+            if write := keepalives.untold(pool, seen, ends):
+                yield write
+                continue
+            writing = keepalives.go_writes_under(pool, owner.name)
+            if writing and not self.go_pods.is_silent(pool.name, owner.name):
                 continue
             if owner.key in pool.held and not self._is_for_go(pool):
                 continue

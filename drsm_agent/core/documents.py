@@ -8,7 +8,7 @@ begin with `drsm:`, and no Go pod writes that. docs/protocol.md names every fiel
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 Document = dict[str, Any]
@@ -151,8 +151,9 @@ class Keepalive:
 
     The times are as they were written: `expire_at` by whoever wrote last. On a Go pod's own the agent
     writes `pushed`, equal to `expire_at` while it is the agent that has put it off; and `silent`, equal to
-    `expire_at` once that stood unchanged for too long. A renewal changes `expire_at`, and ends both. On one
-    of its own the agent writes `silent` while a Go pod of the name owns chunks and is down.
+    `expire_at` once that stood unchanged for too long. A renewal changes `expire_at`, and ends both. On a
+    mirror the agent writes `silent` while a Go pod of the name owns chunks and is down: its `ip` and
+    `instance`.
     """
 
     pod: str
@@ -178,16 +179,22 @@ class Keepalive:
 
     @property
     def go_told(self) -> "Told | None":
-        """What it says of the Go pod of its name."""
-        owner = self.go_owner or (self.owner and replace(self.owner, incarnation=GO_INCARNATION))
-        return Told(owner, self.go_down) if owner and (self.go_down or self.mirrored is None) else None
+        """What it says of the Go pod of its name; None for a mirror that says nothing of one."""
+        if (mirrored := self.mirrored) is None:
+            owner = Owner(self.pod, self.ip or "", self.instance or "", GO_INCARNATION)
+            return Told(owner, down=self.silent is not None and self.silent == self.expire_at)
+        if mirrored.is_go:
+            return Told(mirrored, down=True)
+        if isinstance(self.silent, Mapping):
+            ip, instance = (str(self.silent.get(name) or "")[:INSTANCE_MAX] for name in ("ip", "instance"))
+            return Told(Owner(mirrored.name, ip[:IP_MAX], instance, GO_INCARNATION), down=True)
+        return None
 
     @property
     def go_down(self) -> bool:
         """Whether it says that the Go pod of its name is down."""
-        if mirrored := self.mirrored:
-            return mirrored.is_go or self.silent is not None
-        return self.silent is not None and self.silent == self.expire_at
+        told = self.go_told
+        return told is not None and told.down
 
     @property
     def by_go(self) -> bool:

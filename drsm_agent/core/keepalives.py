@@ -32,6 +32,9 @@ TTL_MONITOR = 60.0
 """MongoDB looks for expired documents once in so many seconds."""
 TTL_LATE = 30.0
 """Beyond that, a keepalive that is still there is one that MongoDB does not delete."""
+SOON = 15.0
+"""Seconds before the end of a Go pod's keepalive within which it is put off before anything rests on it:
+three times what passes between two looks at it."""
 LEASES_AHEAD, SLACK = 3, 10.0
 """A mirror's end is put so many allocation leases ahead, each half lease anew; so it is never less than `A +
 W` ahead, nor deleted before every pod that was not renewed has stopped issuing. And some seconds more: the
@@ -62,10 +65,21 @@ def for_living(pool: PoolTable, owner: Owner, ends: Ends, *, go_silent: bool) ->
         return for_namesake(pool, owner.name, ends)
     if mirrored is None or mirrored.incarnation < owner.incarnation:
         return writes.take_over_keepalive(pool.name, seen, owner, ends.expire_at)
-    told_in_vain = seen.silent is not None and (owner.name, GO_INCARNATION) not in pool.held
-    if mirrored == owner and (told_in_vain or _end(seen.expire_at) < ends.least):
-        return writes.prolong_keepalive(pool.name, seen, ends.expire_at, keep_silent=not told_in_vain)
+    if mirrored == owner:
+        return untold(pool, seen, ends) or (
+            writes.prolong_keepalive(pool.name, seen, ends.expire_at)
+            if _end(seen.expire_at) < ends.least
+            else None
+        )
     return None
+
+
+def untold(pool: PoolTable, seen: Keepalive, ends: Ends) -> Update | None:
+    """Has a mirror say no more that a Go pod of its name is down, once that has no chunks: the next Go pod of
+    the name is another one."""
+    if seen.silent is None or seen.mirrored is None or go_writes_under(pool, seen.mirrored.name):
+        return None
+    return writes.prolong_keepalive(pool.name, seen, ends.expire_at, keep_silent=False)
 
 
 def for_namesake(pool: PoolTable, name: str, ends: Ends) -> Update | None:
@@ -76,10 +90,15 @@ def for_namesake(pool: PoolTable, name: str, ends: Ends) -> Update | None:
     return None
 
 
-def shows(pool: PoolTable, owner: Owner) -> bool:
-    """Whether a keepalive is there by which Go pods know a living SDK pod, or its Go namesake."""
+def shows(pool: PoolTable, owner: Owner, database_time: float) -> bool:
+    """Whether a keepalive is there by which Go pods know a living SDK pod, or its Go namesake: it will not be
+    deleted before somebody could put it off."""
     seen = pool.keepalives.get(owner.name)
-    return seen is not None and (seen.mirrored is None or seen.mirrored == owner)
+    if seen is None:
+        return False
+    if seen.mirrored is None:
+        return not seen.go_down and _end(seen.expire_at) >= database_time + SOON
+    return seen.mirrored == owner
 
 
 def of_nobody(pool: PoolTable) -> Iterator[tuple[Keepalive, Owner]]:
@@ -92,18 +111,23 @@ def of_nobody(pool: PoolTable) -> Iterator[tuple[Keepalive, Owner]]:
 
 
 def go_writes_under(pool: PoolTable, name: str) -> bool:
-    """Whether a chunk that a Go pod wrote names a pod, and nothing says that it is down: it allocates up to
-    five seconds before its first keepalive."""
-    return (name, GO_INCARNATION) in pool.held and pool.state(Owner(name, "", "", GO_INCARNATION)) == UNKNOWN
+    """Whether a chunk that a Go pod wrote names a pod: it allocates up to five seconds before its first
+    keepalive."""
+    return (name, GO_INCARNATION) in pool.held
+
+
+def is_unknown(pool: PoolTable, name: str) -> bool:
+    """Whether a Go pod owns chunks, and nothing says whether it lives."""
+    return go_writes_under(pool, name) and pool.state(Owner(name, "", "", GO_INCARNATION)) == UNKNOWN
 
 
 def for_silent_go(pool: PoolTable, name: str, ends: Ends) -> Insert | Update:
     """Says that a Go pod which owns chunks is down."""
     seen = pool.keepalives.get(name)
+    go = pool.chunks[next(iter(pool.held[name, GO_INCARNATION].numbers))].owner
     if seen is not None:
-        return writes.note_silence(pool.name, name, seen)
-    held = pool.held[name, GO_INCARNATION]
-    return writes.mirror_keepalive(pool.name, pool.chunks[next(iter(held.numbers))].owner, ends.expire_at)
+        return writes.note_go_down(pool.name, seen, go)
+    return writes.mirror_keepalive(pool.name, go, ends.expire_at)
 
 
 def overdue(seen: Keepalive, database_time: float, silence: float) -> bool:

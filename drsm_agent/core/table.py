@@ -20,6 +20,7 @@ V = TypeVar("V")
 
 SESSIONS = "drsm_sessions"
 STAMPS = "drsm_stamps"
+GONE_SECONDS = 60
 SILENT, DELETED = "silent", "deleted"
 """Why a Go pod is down: its keepalive stands unchanged, or was deleted. After the latter it is unknown
 whether one that has chunks is about to renew."""
@@ -69,7 +70,8 @@ class PoolTable:
     Of Go pods `live` has those with a keepalive that is not known to be silent, `down` those of which a
     keepalive says that they are, and `go_keepalives` counts their own. `signs` counts, by name, what shows
     that one lives: its renewals, and chunks that it has allocated or claimed. `from_go` are the SDK pods'
-    chunks that came from each of them. `known` are the numbers that Go pods have seen owned and never take
+    chunks that came from each of them. `gone` are keepalives that were deleted of late, and when, by the
+    database's time. `known` are the numbers that Go pods have seen owned and never take
     again, `known_free` those that nobody owns now; both are empty while there is no Go pod.
     """
 
@@ -84,6 +86,7 @@ class PoolTable:
     down: dict[tuple[str, int], Owner] = field(default_factory=dict)
     signs: dict[str, int] = field(default_factory=dict, compare=False)
     from_go: dict[str, dict[int, None]] = field(default_factory=dict)
+    gone: dict[str, int] = field(default_factory=dict, compare=False)
     known: set[int] = field(default_factory=set, compare=False)
     known_free: set[int] = field(default_factory=set, compare=False)
     go_keepalives: int = 0
@@ -325,8 +328,11 @@ class Table:
         old = pool.keepalives.pop(key, None)
         if new:
             pool.keepalives[key] = new
+            pool.gone.pop(key, None)
             if new.by_go and (old is None or not old.by_go or old.expire_at != new.expire_at):
                 self._sign(pool, new.pod)
+        elif old:
+            _note_gone(pool, key, version[0])
         for keepalive, step in ((old, -1), (new, 1)):
             pool.go_keepalives += step if keepalive and keepalive.go_owner else 0
         _note_known(pool)
@@ -373,6 +379,12 @@ def _drop(index: dict[K, dict[int, V]], key: K, n: int) -> None:
     del numbers[n]
     if not numbers:
         del index[key]
+
+
+def _note_gone(pool: PoolTable, name: str, at: int) -> None:
+    """A keepalive was deleted at a cluster time. Those of a minute ago do not matter any more."""
+    pool.gone = {one: then for one, then in pool.gone.items() if (at >> 32) - (then >> 32) < GONE_SECONDS}
+    pool.gone[name] = at
 
 
 def _of_chunks(pool: PoolTable, owner: Owner) -> Owner:

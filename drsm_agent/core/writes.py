@@ -253,8 +253,8 @@ def take_over_keepalive(pool: str, seen: Keepalive, owner: Owner, expire_at: Any
     """The mirror of an older incarnation, or a silent Go pod's keepalive, becomes the mirror of this one. In
     one write: a Go pod that saw it deleted would claim the chunks of everybody with this name."""
     fields = _mirror(owner, expire_at)
-    if seen.mirrored is None:
-        fields["drsm"] |= {"silent": seen.expire_at}
+    if go := seen.go_owner:
+        fields["drsm"] |= {"silent": _address(go)}
     return Update(pool, _keepalive_guard(owner.name, seen), set=fields)
 
 
@@ -272,14 +272,30 @@ def push_keepalive(pool: str, key: str, seen: Keepalive, expire_at: Any) -> Upda
 
 
 def note_silence(pool: str, key: str, seen: Keepalive) -> Update:
-    """The Go pod of this name is down: its keepalive stood unchanged, or is not there, or is a mirror."""
-    drsm = seen.document.get("drsm", {}) | {"silent": seen.expire_at}
-    return Update(pool, _keepalive_guard(key, seen), set={"drsm": drsm})
+    """The Go pod whose keepalive stood unchanged is down."""
+    return Update(pool, _keepalive_guard(key, seen), set={"drsm": _beside(seen) | {"silent": seen.expire_at}})
+
+
+def note_go_down(pool: str, seen: Keepalive, go: Owner) -> Update:
+    """A Go pod that owns chunks is down, and the only keepalive of its name is a mirror."""
+    return Update(
+        pool, _keepalive_guard(seen.pod, seen), set={"drsm": _beside(seen) | {"silent": _address(go)}}
+    )
 
 
 def delete_keepalive(pool: str, key: str, seen: Keepalive) -> Delete:
     """Go pods that see it claim the chunks that name it."""
     return Delete(pool, _keepalive_guard(key, seen))
+
+
+def _beside(seen: Keepalive) -> Document:
+    """What the agent has written beside Go's fields."""
+    drsm: Document = seen.document.get("drsm", {})
+    return drsm
+
+
+def _address(go: Owner) -> Document:
+    return {"ip": go.ip, "instance": go.instance}
 
 
 def _mirror(owner: Owner, expire_at: Any) -> Document:

@@ -115,15 +115,25 @@ def test_a_session_that_has_only_begun_puts_off_what_a_go_pod_left_and_no_more()
 
 
 def test_a_pod_is_shown_by_its_own_mirror_or_beside_a_go_pod() -> None:
-    """Not by that of its former life: a late delete of it would still match."""
-    shown = [table(mirror()), table(go_keepalive())]
-    not_shown = [table(), table(mirror(NEWER)), table(mirror(replace(ME, incarnation=1)))]
-    assert [keepalives.shows(pool, ME) for pool in shown + not_shown] == [True] * 2 + [False] * 3
+    """Not by that of its former life: a late delete of it would still match. Nor by one that is about to be
+    deleted, or that a silent Go pod has left."""
+    late, soon = NOW + timedelta(seconds=keepalives.SOON), NOW + timedelta(seconds=keepalives.SOON - 1)
+    shown = [table(mirror()), table(mirror(expire_at=NOW)), table(go_keepalive(late))]
+    not_shown = [
+        table(),
+        table(mirror(NEWER)),
+        table(mirror(replace(ME, incarnation=1))),
+        table(go_keepalive(soon)),
+        table(go_keepalive(late, silent=late)),
+        table(go_keepalive(None)),
+    ]
+    seen = [keepalives.shows(pool, ME, NOW.timestamp()) for pool in shown + not_shown]
+    assert seen == [True] * 3 + [False] * 6
 
 
 def test_a_mirror_says_no_more_that_a_go_pod_is_down_once_that_has_no_chunks() -> None:
     """The next Go pod of this name is another one, and has chunks before its first keepalive."""
-    taken = mirror() | {"drsm": mirror()["drsm"] | {"silent": NOW}}
+    taken = mirror() | {"drsm": mirror()["drsm"] | {"silent": {"ip": GO.ip, "instance": "nf-1"}}}
     assert needed(taken, go_chunk()) is None
     after = result(table(taken), needed(taken))
     assert not after.keepalives["amf-1"].go_down
@@ -133,8 +143,10 @@ def test_a_go_pod_that_writes_under_a_mirrors_name_keeps_it_from_being_deleted()
     """It allocates up to five seconds before its first keepalive."""
     assert keepalives.go_writes_under(table(mirror(), go_chunk()), "amf-1")
     assert not keepalives.go_writes_under(table(mirror()), "amf-1")
-    told = mirror() | {"drsm": mirror()["drsm"] | {"silent": NOW}}
-    assert not keepalives.go_writes_under(table(told, go_chunk()), "amf-1")
+    told = mirror() | {"drsm": mirror()["drsm"] | {"silent": {"ip": GO.ip, "instance": "nf-1"}}}
+    assert keepalives.go_writes_under(table(told, go_chunk()), "amf-1")
+    assert not keepalives.is_unknown(table(told, go_chunk()), "amf-1")
+    assert keepalives.is_unknown(table(mirror(), go_chunk()), "amf-1")
     ours = Chunk(1, "amf-1", "10.0.0.7", "nf-1", Drsm("amf-1", "10.0.0.7", "nf-1", ME.incarnation))
     assert not keepalives.go_writes_under(table(mirror(), ours.document), "amf-1")
 

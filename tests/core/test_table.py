@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from drsm_agent.core.documents import Chunk, Drsm, Owner, Session
 from drsm_agent.core.events import ALLOCATED, CLAIMED, DOWN, RELEASED, SCANNED, UP, Event, Version, coalesce
-from drsm_agent.core.table import SESSIONS, STAMPS, Change, Hashes, Table
+from drsm_agent.core.table import GONE_SECONDS, SESSIONS, STAMPS, Change, Hashes, Table
 from drsm_agent.core.writes import claim, mirror_keepalive
 from drsm_agent.relay import event_body
 from drsm_agent.snapshots import PoolPages
@@ -478,6 +478,18 @@ def test_go_pods_know_what_was_owned_since_one_of_them_is_there() -> None:
     assert (pool.known, pool.known_free) == (set(), set())
 
 
+def test_keepalives_that_were_deleted_of_late_are_remembered_for_a_minute() -> None:
+    """By the database's time: whoever leads next has perhaps seen it, and Go pods may claim just then."""
+    table, minute = made(), GONE_SECONDS << 32
+    pool = table.pools["amfid"]
+    fold(table, put("amfid", keepalive(GO_POD), 101), gone("amfid", "amf-go", 102))
+    assert pool.gone == {"amf-go": 102}
+    fold(table, put("amfid", keepalive(AMF_1, mirror=True), 103), gone("amfid", "amf-1", 102 + minute))
+    assert pool.gone == {"amf-1": 102 + minute}
+    fold(table, put("amfid", keepalive(AMF_1, mirror=True), 103 + minute))
+    assert pool.gone == {}
+
+
 def test_chunks_that_came_from_go_pods_are_found_by_their_names() -> None:
     """As long as a pod of ours has them."""
     table = made()
@@ -617,6 +629,9 @@ class Consumer:
                 self.owners[n] = event.owner
             if event.kind == CLAIMED and event.grants != ("",):
                 self.marked.add(n)
+
+
+ADDRESSES = {owner.name: {"ip": owner.ip, "instance": owner.instance} for owner in (*_SDK, *_GO)}
 
 
 def _ours(document: dict[str, Any]) -> bool:
@@ -780,8 +795,8 @@ class TableAgainstDocuments(RuleBasedStateMachine):
     def note_silence(self, step: int, pool: str, name: str) -> None:
         """The leader says of a keepalive that its Go pod is down; on a mirror, that one without any is."""
         if document := self.documents.get((pool, name)):
-            drsm = document.get("drsm", {}) | {"silent": document["expireAt"]}
-            self._update(step, pool, name, drsm=drsm)
+            silent = ADDRESSES[name] if _ours(document) else document["expireAt"]
+            self._update(step, pool, name, drsm=document.get("drsm", {}) | {"silent": silent})
 
     @rule(step=_STEP, pool=_POOL, owner=st.sampled_from(_GO))
     def stand_in(self, step: int, pool: str, owner: Owner) -> None:
@@ -910,8 +925,10 @@ class TableAgainstDocuments(RuleBasedStateMachine):
             if not _ours(document):
                 if drsm.get("silent") == document["expireAt"]:
                     down[name, 0] = Owner(name, document["podIp"], document["podInstance"], 0)
-            elif drsm["incarnation"] == 0 or "silent" in drsm:
+            elif drsm["incarnation"] == 0:
                 down[name, 0] = Owner(name, drsm["ip"], drsm["instance"], 0)
+            elif isinstance(drsm.get("silent"), dict):
+                down[name, 0] = Owner(name, drsm["silent"]["ip"], drsm["silent"]["instance"], 0)
         return down
 
     @invariant()

@@ -14,6 +14,7 @@ from drsm_agent.core.documents import (
     Keepalive,
     Owner,
     Session,
+    Told,
     merge,
     read_chunk,
     read_keepalive,
@@ -349,7 +350,7 @@ NEWER = replace(ME, incarnation=ME.incarnation + 1)
 OF_A_MIRROR: list[w.Update | w.Delete] = [
     w.prolong_keepalive("amfid", read(MIRROR), 99),
     w.take_over_keepalive("amfid", read(MIRROR), NEWER, 99),
-    w.note_silence("amfid", "amf-1", read(MIRROR)),
+    w.note_go_down("amfid", read(MIRROR), GO_POD),
     w.delete_keepalive("amfid", "amf-1", read(MIRROR)),
 ]
 
@@ -414,7 +415,8 @@ def test_a_silent_go_pods_keepalive_is_its_own_until_it_renews() -> None:
 def test_a_mirror_that_was_a_go_pods_keepalive_says_that_it_is_down() -> None:
     """Its chunks are about to be claimed; and nothing else says so any more."""
     taken = read(merge(GO_KEEPALIVE, w.take_over_keepalive("amfid", read(GO_KEEPALIVE), ME, 99).set))
-    assert (taken.mirrored, taken.expire_at, taken.go_down) == (ME, 99, True)
+    assert (taken.mirrored, taken.expire_at) == (ME, 99)
+    assert taken.go_told == Told(replace(ME, incarnation=0), down=True)
     said = read(merge(taken.document, w.prolong_keepalive("amfid", taken, 199).set) | {"_id": "amf-1"})
     assert (said.expire_at, said.go_down) == (199, True)
     write = w.prolong_keepalive("amfid", taken, 199, keep_silent=False)

@@ -37,7 +37,6 @@ from drsm_sdk.rpc import Rpc
 from drsm_sdk.stock import Stock
 from tests.simulation.profiles import (
     ABSENCES,
-    ABSENT,
     CLOCKS,
     CROWDED,
     INHERITANCE,
@@ -320,7 +319,7 @@ BESIDE_GO: tuple[Ablation, ...] = (
         "F1",
         MIGRATION,
         ((keepalives, "for_namesake", lambda *_: None),),
-        hint=45,
+        hint=4,
     ),
     Ablation(
         "a mirror has the instance of its pod",
@@ -344,7 +343,7 @@ BESIDE_GO: tuple[Ablation, ...] = (
         "F11",
         MIXED,
         ((Mirrors, "ensure", _no_mirror_first), (Mirrors, "may_receive", lambda *_: True)),
-        hint=10,
+        hint=88,
     ),
     Ablation(
         "grants go on right after a keepalive was deleted",
@@ -382,10 +381,7 @@ BESIDE_GO: tuple[Ablation, ...] = (
         "F6",
         STANDSTILLS,
         ((GoPods, "_move_back", _nothing),),
-        hint=9,
-    ),
-    Ablation(
-        "a chunk is released though its Go pod lives", "F6", ABSENT, ((GoPods, "may_live", lambda *_: False),)
+        hint=10,
     ),
     Ablation(
         "numbers as without Go pods", "F3", CROWDED, ((Allocations, "_numbers", _numbers_alone),), hint=22
@@ -398,7 +394,7 @@ BESIDE_GO: tuple[Ablation, ...] = (
         "F5",
         MIXED,
         ((Reaper, "_may_claim", _go_pods_that_say_nothing),),
-        hint=24,
+        hint=1,
     ),
     Ablation(
         "a silent Go pod's keepalive is deleted at once",

@@ -196,8 +196,7 @@ class MixedObserver(Observer):
 
     def _check_release(self, n: int, before: Chunk | None, hand: Hand) -> None:
         for name in before.go_owners if before else ():
-            since = hand.decided - self._live_since.get(name, float("inf"))
-            if since >= SEEN and f"{ALIVE}{name}" in hand.knew:
+            if f"{ALIVE}{name}" in hand.knew:
                 self.broken("F6", f"chunk {n} was released, and came from Go pod {name}, which lives")
 
     # --- Keepalives --------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ SCALED: tuple[tuple[ModuleType, str, float], ...] = (
     (keepalives, "GO_SILENCE", keepalives.GO_SILENCE / SCALE),
     (keepalives, "TTL_MONITOR", keepalives.TTL_MONITOR / SCALE),
     (keepalives, "TTL_LATE", keepalives.TTL_LATE / SCALE),
+    (keepalives, "SOON", keepalives.SOON / SCALE),
     (go_pods, "SETTLES", go_pods.SETTLES / SCALE),
     (mirrors, "SETTLES", mirrors.SETTLES / SCALE),
     (mirrors, "CHECK_INTERVAL", mirrors.CHECK_INTERVAL / SCALE),
