@@ -70,6 +70,8 @@ class GoPods:
         self._moved: dict[tuple[str, int], tuple[str, float]] = {}
         """Chunks of ours that are held as a Go pod issues from them: the grant, and since when."""
         self._passed_on: dict[tuple[str, int], tuple[Owner, str]] = {}
+        self._origins: dict[tuple[str, int], dict[str, Owner]] = {}
+        """The Go pods that this lead has claimed our pods' chunks from, by name."""
 
     # --- Signs of life -------------------------------------------------------------------------------
 
@@ -94,13 +96,16 @@ class GoPods:
             self._heard[pool.name, name] = now
 
     def _note_claim(self, pool: str, chunks: tuple[int, ...], owner: Owner, previous: Owner) -> None:
-        """By a Go pod: of another one's chunk, whose name is to be remembered; or of a living pod of ours."""
+        """By a Go pod: of another one's chunk, whose name is to be remembered; or of a living pod of ours,
+        unless the agent gave it, which leaves `drsm` nobody's."""
         if previous.is_go:
             if previous.name != owner.name:
                 self._passed_on |= {(pool, n): (owner, previous.name) for n in chunks}
             return
         session = self._table.sessions.get(previous.key)
-        if session is not None and session.state == LIVE:
+        known = self._table.pools[pool].chunks
+        chunks = tuple(n for n in chunks if n in known and (drsm := known[n].drsm) and drsm.pod)
+        if chunks and session is not None and session.state == LIVE:
             self._metrics.claimed_by_go.labels(pool=pool).inc(len(chunks))
             log.error(
                 "claimed_by_go",
@@ -192,6 +197,8 @@ class GoPods:
         back, held = [], []
         for n in [n for n in pool.from_go[go.name] if n not in moved]:
             chunk = pool.chunks[n]
+            if self._is_another(pool.name, n, go):
+                continue
             if self._untouched(pool.name, chunk):
                 back.append(n)
                 yield writes.give_back_to_go(pool.name, chunk, go)
@@ -208,9 +215,15 @@ class GoPods:
                 returned=back[:NAMED_MAX],
                 held=held[:NAMED_MAX],
                 count=len(back) + len(held),
-                action="it was silent, its chunks were claimed, and it goes on: ids of those that are held "
-                "may have been issued twice. Restart this Go pod; and look why it stood still",
+                action="these chunks were claimed from it, and it lives: ids of those that are held may have "
+                "been issued twice. Restart this Go pod, and look why it stood still; unless it is a new one",
             )
+
+    def _is_another(self, pool: str, n: int, go: Owner) -> bool:
+        """Whether a Go pod is certainly not the process that a chunk came from: that one had another address,
+        and is gone if names are given once at a time."""
+        origin = self._origins.get((pool, n), {}).get(go.name)
+        return origin is not None and (origin.ip, origin.instance) != (go.ip, go.instance)
 
     def _untouched(self, pool: str, chunk: Chunk) -> bool:
         """Whether certainly nothing was or will be issued from a chunk since this leader claimed it from a
@@ -239,14 +252,19 @@ class GoPods:
         """A Go pod's chunk is about to be claimed for a pod of ours."""
         if chunk.owner.is_go:
             self._claimed[pool, chunk.n] = grant, self._clock()
+            origins = self._origins.setdefault((pool, chunk.n), {})
+            origins[chunk.pod] = self._table.pools[pool].shown(chunk.owner)
 
     def may_live(self, pool: PoolTable, chunk: Chunk) -> bool:
         """Whether a Go pod that our pod's chunk came from lives, as far as anybody knows."""
-        return any((name, GO_INCARNATION) in pool.live for name in chunk.go_owners)
+        living = (pool.live.get((name, GO_INCARNATION)) for name in chunk.go_owners)
+        return any(go and not self._is_another(pool.name, chunk.n, go) for go in living)
 
     def _forget(self) -> None:
         """What is about nobody any more."""
         self._heard = {key: at for key, at in self._heard.items() if self._counts(*key)}
+        for of in [of for of in self._origins if not self._is_from_go(*of)]:
+            del self._origins[of]
         for remembered in (self._claimed, self._moved):
             for pool, n in [
                 key
@@ -254,6 +272,10 @@ class GoPods:
                 if (chunk := self._table.pools[key[0]].chunks.get(key[1])) is None or chunk.grant != grant
             ]:
                 del remembered[pool, n]
+
+    def _is_from_go(self, pool: str, n: int) -> bool:
+        chunk = self._table.pools[pool].chunks.get(n)
+        return chunk is not None and bool(chunk.go_owners)
 
 
 def go_knows_too_many(pool: PoolTable, capacity: int) -> bool:

@@ -7,6 +7,7 @@ else is done in rounds, and at once for names about which something has changed.
 
 import asyncio
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import structlog
@@ -308,7 +309,11 @@ class Mirrors:
         return longest if self._go.claims_after is None else min(longest, self._go.claims_after)
 
     def _hold_ms(self, pool: PoolTable, chunk: Chunk, former: Session | None) -> int:
+        """What an SDK pod would hold it for; but not for longer because it came from a Go pod: Go pods know
+        no hold for each other's chunks."""
         usage_lag_ms = self._definitions[pool.name].usage_lag_ms
+        if chunk.go_owners and chunk.drsm:
+            chunk = replace(chunk, drsm=replace(chunk.drsm, hold_ms=0))
         return hold_ms(chunk, former, round(self._leases.allocation * 1000), usage_lag_ms)
 
     def _forget(self) -> None:

@@ -431,8 +431,9 @@ class Pool:
         match body:
             case wire.PodDown(pod, reason) if _key(pod) == me:
                 self._session.end(life, reason)
-            case wire.ChunkClaimed(owner, _, chunks, grants, hold_ms) if _key(owner) == me:
-                supply.claimed(list(zip(chunks, grants, strict=False)), hold_ms, head)
+            case wire.ChunkClaimed(owner, previous, chunks, grants, hold_ms) if _key(owner) == me:
+                pairs = list(zip(chunks, grants, strict=False))
+                supply.claimed(pairs, hold_ms, head, anew=_key(previous) == me)
             case wire.ChunkClaimed(owner, previous, chunks) if _key(previous) == me:
                 if owner.incarnation == GO_INCARNATION:  # a Go pod asks nobody whether this one lives
                     supply.claimed_away(chunks, owner.name, head)

@@ -149,12 +149,15 @@ class Supply:
 
     # --- taking up and dropping -----------------------------------------------------------------
 
-    def claimed(self, chunks: Sequence[tuple[int, str]], hold_ms: int, head: wire.EventHead) -> None:
-        """The agent announced that this pod now owns chunks that were another's."""
+    def claimed(
+        self, chunks: Sequence[tuple[int, str]], hold_ms: int, head: wire.EventHead, *, anew: bool = False
+    ) -> None:
+        """The agent announced that this pod now owns chunks that were another's; or, `anew`, that were its
+        own and are held again: the sessions in them stay this pod's."""
         if not self._compares(head) or head.version < self._listed:
             return
         self._acquired = max(self._acquired, head.version)
-        self._take_up([(n, grant, hold_ms) for n, grant in chunks])
+        self._take_up([(n, grant, hold_ms) for n, grant in chunks], anew=anew)
 
     def claimed_away(self, chunks: Sequence[int], by: str, head: wire.EventHead) -> None:
         """A Go pod took these chunks, while this pod's session lives: nothing is issued from them any
@@ -165,9 +168,7 @@ class Supply:
         if len(held) < len(chunks):  # perhaps the answer that grants the others is still under way
             self._listed = max(self._listed, head.version)
         if held:
-            log.error(
-                "pool %s: Go pod %s has claimed chunks %s of this pod, which lives", self.name, by, held
-            )
+            log.error("pool %s: chunks %s of this pod, which lives, are Go pod %s's now", self.name, held, by)
             self._drop(held)
         self._wake_returns.set()
 
@@ -199,7 +200,7 @@ class Supply:
         self._history, self._term = said.history, max(self._term, said.term)
         return True
 
-    def _take_up(self, chunks: Sequence[Listed]) -> None:
+    def _take_up(self, chunks: Sequence[Listed], *, anew: bool = False) -> None:
         if self._outdated:
             return
         now = self._clock()
@@ -208,7 +209,7 @@ class Supply:
             if n >= self.stock.definition.capacity or self.stock.seen(n, grant):
                 continue
             if n in self.stock:  # by another grant, which must be over then
-                self._drop([n])
+                self._drop([n], tell=not anew)
             chunk = self.stock.add(n, grant, now, None if hold_ms is None else now + hold_ms / 1000)
             if chunk is not None:
                 added.setdefault(hold_ms, []).append(chunk)
@@ -221,7 +222,7 @@ class Supply:
                 self.first.set()
                 self._changed()
 
-    def _drop(self, numbers: Sequence[int]) -> None:
+    def _drop(self, numbers: Sequence[int], *, tell: bool = True) -> None:
         if not numbers:
             return
         dropped, gone = [self.stock.drop(n) for n in numbers], set(numbers)
@@ -229,6 +230,8 @@ class Supply:
         for (n, _), task in list(self._scans.items()):
             if n in gone:
                 task.cancel()
+        if not tell:
+            return
         log.warning("pool %s: chunks %s are no longer this pod's", self.name, numbers)
         self._told(Lost(self.name, tuple(numbers), issued_ids(self.stock.definition, issued)))
 

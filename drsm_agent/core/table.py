@@ -234,8 +234,12 @@ class Table:
     ) -> list[Event]:
         old = pool.chunks.get(n)
         self._index(pool, old, new)
-        if new is not None and new.owner.is_go and (old is None or old.owner != new.owner):
-            self._sign(pool, new.pod)
+        if (
+            new is not None
+            and new.owner.is_go
+            and (old is None or (old.owner != new.owner and old.drsm == new.drsm))
+        ):
+            self._sign(pool, new.pod)  # what the agent gives to a Go pod changes `drsm`, too
         _note_known(pool, old, new)
         if old is None and new is None:
             return []
