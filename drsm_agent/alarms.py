@@ -8,6 +8,7 @@ import structlog
 
 from drsm_agent.core import usage
 from drsm_agent.core.documents import LIVE
+from drsm_agent.core.numbers import go_knows
 from drsm_agent.core.session import Key
 from drsm_agent.core.table import PoolTable
 from drsm_agent.errors import StoreUnavailable
@@ -114,7 +115,7 @@ class Alarms:
 
     def _not_honoured(self, pool: PoolTable) -> list[str]:
         definition = self._definitions[pool.name]
-        outside = max(pool.known, default=0) >= definition.capacity
+        outside = max(pool.chunks, default=0) >= definition.capacity
         return cannot_honour(definition) + (["Go pods own numbers beyond its bits"] if outside else [])
 
     def _tell_of_go(self, pool: PoolTable, alarm: str) -> None:
@@ -139,7 +140,7 @@ class Alarms:
             log.error(
                 "go_numbers_run_out",
                 pool=pool.name,
-                known=len(pool.known),
+                known=go_knows(self._definitions[pool.name].capacity, pool.chunks, pool.known_free),
                 capacity=self._definitions[pool.name].capacity,
                 action="Go pods never forget a number, and stand still once they know all: restart them one "
                 "by one. Until then only numbers are granted that they know",

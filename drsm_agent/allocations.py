@@ -12,7 +12,7 @@ from functools import partial
 from drsm_agent.core import writes
 from drsm_agent.core.documents import Chunk, Owner, chunk_key
 from drsm_agent.core.events import RELEASED
-from drsm_agent.core.numbers import FreeNumbers, beside_go
+from drsm_agent.core.numbers import FreeNumbers, beside_go, go_knows
 from drsm_agent.core.session import Key
 from drsm_agent.core.table import PoolTable
 from drsm_agent.errors import Refused, StoreUnavailable
@@ -59,6 +59,8 @@ class Allocations:
         self._free = {
             name: _free_numbers(reign.definitions[name], pool) for name, pool in reign.table.pools.items()
         }
+        self._odd: dict[str, set[int]] = {name: set() for name in reign.table.pools}
+        """Numbers whose documents are there and cannot be read: of no use to anybody."""
         self._acquires = {name: Flight(tasks, partial(self._acquire_all, name)) for name in reign.table.pools}
         self._releases = {name: Flight(tasks, partial(self._release_all, name)) for name in reign.table.pools}
         self._scans = {name: Flight(tasks, partial(self._scanned_all, name)) for name in reign.table.pools}
@@ -132,10 +134,13 @@ class Allocations:
                 missing[taker] -= i not in outcome.refused
             if not outcome.refused:
                 break
+            self._odd[pool] |= {
+                n for i, n in enumerate(numbers) if i in outcome.refused
+            } - table.chunks.keys()
             self._metrics.conflicts.inc(len(outcome.refused))
         return [
             self._granted(table, want)
-            or (self._none(exhausted, table) if may_receive else _settling(want.owner))
+            or (self._none(exhausted, table) if may_receive else self._mirrors.refusal(table, want.owner))
             for want, may_receive in zip(wanted, receiving, strict=True)
         ]
 
@@ -144,9 +149,12 @@ class Allocations:
         if not pool.has_go:
             return self._free[pool.name].take(count, pool.chunks)
         capacity = self._definitions[pool.name].capacity
-        numbers = beside_go(count, capacity, pool.chunks, pool.known, pool.known_free)
-        barren = self._definitions[pool.name].barren_chunks
-        return [n for n in numbers if not any(first <= n <= last for first, last in barren)]
+        barren, odd = self._definitions[pool.name].barren_chunks, self._odd[pool.name]
+
+        def unusable(n: int) -> bool:
+            return n in odd or any(first <= n <= last for first, last in barren)
+
+        return beside_go(count, capacity, pool.chunks, pool.known_free, unusable)
 
     def _inserts(
         self, pool: str, wanted: Sequence[_Wanted], missing: Sequence[int], numbers: Sequence[int]
@@ -201,7 +209,8 @@ class Allocations:
         usable = self._definitions[pool.name].usable
         level = f"{len(pool.chunks)} of {usable} owned, {len(pool.marked)} of them not scanned yet"
         if go_knows_too_many(pool, self._definitions[pool.name].capacity):
-            level += f"; the Go pods know {len(pool.known)} numbers, and never used ones are kept for them"
+            known = go_knows(self._definitions[pool.name].capacity, pool.chunks, pool.known_free)
+            level += f"; the Go pods know {known} numbers, and never used ones are kept for them"
         return Refused("pool_exhausted", f"not one chunk of pool {pool.name} is free: {level}", retry=False)
 
     def _owned(self, pool: PoolTable, key: Key, listed: Sequence[tuple[int, str]]) -> list[Chunk]:
@@ -211,11 +220,6 @@ class Allocations:
             for n, grant in dict.fromkeys(listed)
             if (chunk := pool.chunks.get(n)) and chunk.grant == grant and chunk.owner.key == key
         ]
-
-
-def _settling(owner: Owner) -> Exception:
-    message = f"a keepalive of pod {owner.name} was deleted, and Go pods may claim what names it"
-    return Refused("store_unavailable", message, reason="settling", retry=True)
 
 
 def _free_numbers(definition: Definition, pool: PoolTable) -> FreeNumbers:

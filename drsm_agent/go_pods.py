@@ -18,7 +18,7 @@ from drsm_agent.core import keepalives, writes
 from drsm_agent.core.documents import GO_INCARNATION, LIVE, Chunk, Owner, chunk_number
 from drsm_agent.core.events import CLAIMED
 from drsm_agent.core.lease import RATE
-from drsm_agent.core.numbers import KNOWN_SHARE
+from drsm_agent.core.numbers import KNOWN_SHARE, go_knows
 from drsm_agent.core.placement import visible_ms
 from drsm_agent.core.table import PoolTable
 from drsm_agent.core.writes import Update, Write
@@ -31,6 +31,11 @@ from drsm_sdk.wire.space import INTEGER, Space
 SETTLES = 5.0
 """Seconds after a Go pod's first sign of life until its chunks move: by then it has heard that its keepalive
 was deleted, and no longer claims what names it."""
+STREAM_GAP = 10.0
+"""The leader makes something happen each two seconds: after a longer pause the stream was interrupted, and
+Go pods may have been as well."""
+LOOK_AGAIN = 30.0
+"""Seconds until the chunks that came from a Go pod that is back are looked through again, all of them."""
 HOLD_SHARE = 0.5
 """While a Go pod goes on issuing from our pod's chunk, that is held anew after so much of the Go pods'
 hold."""
@@ -56,11 +61,13 @@ class GoPods:
         self._metrics, self._hold = reign.metrics, reign.go.hold
         self._probe, self._stream_stands = probe, stream_stands
         self._fresh_since = self._clock()
+        self._noted_at = self._fresh_since
         self._signs: dict[Name, int] = {
             (pool.name, name): count
             for pool in self._table.pools.values()
             for name, count in pool.signs.items()
         }
+        self._forget_at = float("-inf")
         self._heard: dict[Name, float] = {}
         self._told: dict[Name, int] = {}
         """Who was said to be silent, after which sign."""
@@ -69,6 +76,8 @@ class GoPods:
         """Our claims of Go pods' chunks: the grant, and when it was sent."""
         self._moved: dict[tuple[str, int], tuple[str, float]] = {}
         """Chunks of ours that are held as a Go pod issues from them: the grant, and since when."""
+        self._looked_at: dict[Name, float] = {}
+        """Until when those chunks need not be looked at."""
         self._passed_on: dict[tuple[str, int], tuple[Owner, str]] = {}
         self._origins: dict[tuple[str, int], dict[str, Owner]] = {}
         """The Go pods that this lead has claimed our pods' chunks from, by name."""
@@ -78,6 +87,9 @@ class GoPods:
     def note(self, entry: Entry) -> None:
         """Something changed: perhaps a Go pod has shown that it lives, or has claimed a chunk."""
         now = self._clock()
+        if now - self._noted_at > STREAM_GAP:
+            self._fresh_since = now
+        self._noted_at = now
         for space, key in entry.changed:
             pool = self._table.pools.get(space)
             if pool is None or not pool.signs:
@@ -140,15 +152,19 @@ class GoPods:
 
     def _counts(self, pool: str, name: str) -> bool:
         table = self._table.pools[pool]
-        return (name, GO_INCARNATION) in table.live or (name, GO_INCARNATION) in table.held
+        key = (name, GO_INCARNATION)
+        return key in table.live or key in table.down or key in table.held
 
     # --- What follows, one step at a time ------------------------------------------------------------
 
-    async def look(self) -> None:
-        """Write down who is silent, and move what came back."""
+    def note_health(self) -> None:
+        """Only what was unchanged while this leader would have seen a change counts."""
         now = self._clock()
         if not self._probe.healthy(now) or self._stream_stands():
             self._fresh_since = now
+
+    async def look(self) -> None:
+        """Write down who is silent, and move what came back."""
         for pool in self._table.pools.values():
             if not (pool.has_go or pool.from_go):  # as a rule
                 continue
@@ -156,7 +172,9 @@ class GoPods:
                 decided = list(step(pool))
                 for start in range(0, len(decided), WRITES_MAX):
                     await self._relay.commit(decided[start : start + WRITES_MAX])
-        self._forget()
+        if (now := self._clock()) >= self._forget_at:
+            self._forget_at = now + LOOK_AGAIN
+            self._forget()
 
     def _tell_silence(self, pool: PoolTable) -> Iterator[Write]:
         """Keepalives that stand unchanged, also where MongoDB's TTL monitor does not delete them. They stay:
@@ -176,10 +194,12 @@ class GoPods:
     def _remember(self, pool: PoolTable) -> Iterator[Write]:
         """Chunks that went from one Go pod to another."""
         for name, n in [key for key in self._passed_on if key[0] == pool.name]:
-            owner, former = self._passed_on.pop((name, n))
+            owner, former = self._passed_on[name, n]
             chunk = pool.chunks.get(n)
             if chunk is not None and chunk.owner == owner and former not in chunk.go_owners:
                 yield writes.remember_go(name, chunk, former)
+            else:  # the table shows it, or somebody else has it
+                del self._passed_on[name, n]
 
     def _move_back(self, pool: PoolTable) -> Iterator[Write]:
         moved: set[int] = set()
@@ -187,17 +207,26 @@ class GoPods:
             go = pool.live.get((name, GO_INCARNATION))
             if go is None:
                 self._back_since.pop((pool.name, name), None)
+                self._looked_at.pop((pool.name, name), None)
                 continue
-            since = self._back_since.setdefault((pool.name, name), self._clock())
-            if self._clock() - since >= SETTLES:
-                yield from self._moves(pool, go, moved)
+            of, now = (pool.name, name), self._clock()
+            since = self._back_since.setdefault(of, now)
+            if now - since < SETTLES or now < self._looked_at.get(of, float("-inf")):
+                continue
+            count = len(moved)
+            yield from self._moves(pool, go, moved)
+            if len(moved) - count < WRITES_MAX:  # else there is more of it
+                self._looked_at[of] = now + min(LOOK_AGAIN, max(SETTLES, HOLD_SHARE * self._hold / 2))
 
     def _moves(self, pool: PoolTable, go: Owner, moved: set[int]) -> Iterator[Update]:
         """A Go pod lives that our pods' chunks came from; those `moved` came from another one, too."""
-        back, held = [], []
-        for n in [n for n in pool.from_go[go.name] if n not in moved]:
+        back: list[int] = []
+        held: list[int] = []
+        for n in list(pool.from_go[go.name]):
+            if len(back) + len(held) >= WRITES_MAX:
+                break
             chunk = pool.chunks[n]
-            if self._is_another(pool.name, n, go):
+            if n in moved or self._is_another(pool.name, n, go):
                 continue
             if self._untouched(pool.name, chunk):
                 back.append(n)
@@ -236,7 +265,7 @@ class GoPods:
 
     def _is_due(self, pool: str, chunk: Chunk) -> bool:
         grant, since = self._moved.get((pool, chunk.n), ("", float("-inf")))
-        return grant != chunk.grant or self._clock() - since >= HOLD_SHARE * self._hold
+        return grant != chunk.grant or self._clock() - since >= max(HOLD_SHARE * self._hold, SETTLES)
 
     def _hold_again(self, pool: str, chunk: Chunk) -> Update:
         """To its own owner, for the hold from the Go pod's last sign of life; that is until the next time,
@@ -281,7 +310,7 @@ class GoPods:
 def go_knows_too_many(pool: PoolTable, capacity: int) -> bool:
     """Whether no number is granted that Go pods have not seen yet: with fewer left they take ever longer to
     find one, and with none they spin for ever. They forget only when they are started anew."""
-    return pool.has_go and len(pool.known) >= int(KNOWN_SHARE * capacity)
+    return pool.has_go and go_knows(capacity, pool.chunks, pool.known_free) >= int(KNOWN_SHARE * capacity)
 
 
 def cannot_honour(definition: Definition) -> list[str]:

@@ -28,7 +28,7 @@ from drsm_agent.core.placement import hold_ms
 from drsm_agent.core.session import Key
 from drsm_agent.core.table import SESSIONS, PoolTable
 from drsm_agent.core.writes import Write
-from drsm_agent.errors import StoreUnavailable
+from drsm_agent.errors import Refused, StoreUnavailable
 from drsm_agent.feed import Entry
 from drsm_agent.go_pods import GoPods
 from drsm_agent.reign import Reign
@@ -44,6 +44,8 @@ WRITES_MAX = 1000
 """Of one bulk write."""
 ROUNDS_MAX = 3
 """Times that others may write a keepalive of the name first, before a requester is told to try again."""
+
+IN_THE_WAY = "a document of the pool's collection that is no keepalive has the pod's name as _id; delete it"
 
 log = structlog.get_logger("drsm_agent.mirrors")
 Name = tuple[str, str]
@@ -62,8 +64,12 @@ class Mirrors:
         self._over_since: dict[tuple[str, Key, bool], float] = {}
         """Since when a dead pod of a pool has chunks, or has none."""
         self._opened_at: dict[Key, float] = {}
+        self._holds: dict[tuple[str, Key], tuple[int, float]] = {}
+        """The longest hold of a dead pod's chunks, in seconds, and of which chunks."""
         self._shown_at: dict[Name, float] = {}
         self._namesakes: set[Name] = set()
+        self._in_the_way: set[Name] = set()
+        """Names whose keepalive cannot be written, as a document that is none has its `_id`."""
         self._changed: set[Key] = set()
         """Sessions about which something has changed."""
         self._news = asyncio.Event()
@@ -71,20 +77,36 @@ class Mirrors:
     # --- What grants and claims ask ------------------------------------------------------------------
 
     async def ensure(self, pool: PoolTable, owners: Iterable[Owner]) -> None:
-        """See that each of these living pods has a keepalive that Go pods take for its life. Raises
-        StoreUnavailable."""
+        """See that each of these living pods has a keepalive that Go pods take for its life, as far as
+        nothing is in the way. Raises StoreUnavailable."""
         for _ in range(ROUNDS_MAX):
-            missing = [owner for owner in owners if not self._shows(pool, owner)]
+            missing = [
+                owner
+                for owner in owners
+                if not self._shows(pool, owner) and (pool.name, owner.name) not in self._in_the_way
+            ]
             ends = self._ends()
             needed = [write for owner in missing if (write := self._needed(pool, owner, ends))]
             if not needed:
                 return
             await self._relay.commit(needed)
+        for owner in missing:
+            if owner.name not in pool.keepalives:
+                self._in_the_way.add((pool.name, owner.name))
+                log.error("keepalive_in_the_way", pool=pool.name, pod=owner.name, action=IN_THE_WAY)
 
     def may_receive(self, pool: PoolTable, owner: Owner) -> bool:
         """Whether a pod may get chunks at this moment: it has a keepalive, and none of its name was deleted
-        just now, as Go pods then claim whatever names it."""
-        return self._settled(pool, owner.name) and self._shows(pool, owner)
+        just now, as Go pods then claim whatever names it. Without Go pods nothing depends on it."""
+        return not pool.has_go or (self._settled(pool, owner.name) and self._shows(pool, owner))
+
+    def refusal(self, pool: PoolTable, owner: Owner) -> Refused:
+        """What a pod is told that may not."""
+        if (pool.name, owner.name) in self._in_the_way:
+            message = f"Go pods do not know pod {owner.name}: {IN_THE_WAY}"
+            return Refused("store_unavailable", message, reason="keepalive", retry=True)
+        message = f"a keepalive of pod {owner.name} was deleted, and Go pods may claim what names it"
+        return Refused("store_unavailable", message, reason="settling", retry=True)
 
     def _gone_before(self) -> Iterator[Name]:
         """Names whose keepalive may have been deleted just before this lead: those that this agent has seen
@@ -100,8 +122,6 @@ class Mirrors:
         return keepalives.shows(pool, owner, self._table.seconds)
 
     def _settled(self, pool: PoolTable, name: str) -> bool:
-        if not pool.has_go:
-            return True
         return self._clock() - self._gone_at.get((pool.name, name), float("-inf")) >= SETTLES
 
     # --- Rounds --------------------------------------------------------------------------------------
@@ -114,6 +134,7 @@ class Mirrors:
                 self._changed |= {number} if (number := session_number(key)) else set()
             elif (pool := self._table.pools.get(space)) and chunk_number(key) is None:
                 seen = pool.keepalives.get(key)
+                self._in_the_way.discard((space, key))  # perhaps it was that document that changed
                 if seen is None:
                     self._gone_at[space, key] = now
                 if seen is None or seen.mirrored is None:  # what we wrote ourselves needs no second look
@@ -164,7 +185,7 @@ class Mirrors:
                 *self._stood_in(pool, ends),
                 *self._over(pool, now, ends),
                 *self._shown_again(pool, now, ends),
-                *self._overdue(pool),
+                *self._overdue(pool, now),
                 *self._left(pool, now),
             ]
             for start in range(0, len(decided), WRITES_MAX):
@@ -243,7 +264,7 @@ class Mirrors:
                 continue
             if owner.key in pool.held and not self._is_for_go(pool):
                 continue
-            if not self._is_over(pool, owner.key, now):
+            if not self._is_over(pool, owner.key, now) or self._lingers(pool, owner.name, now):
                 continue
             shown = self._shown_at.get((pool.name, owner.name), float("-inf"))
             if owner.is_go and owner.key in pool.held and now - shown < SHOWN_AGAIN:
@@ -280,12 +301,21 @@ class Mirrors:
         since = self._over_since.get((pool.name, key, key in pool.held), now)
         return self._grants.allowed() and now - since >= self._patience(pool, key)
 
-    def _overdue(self, pool: PoolTable) -> Iterator[Write]:
+    def _lingers(self, pool: PoolTable, name: str, now: float) -> bool:
+        """Whether a dead pod of ours of this name may still issue."""
+        return any(
+            key[0] == name and key[1] != GO_INCARNATION and not self._is_over(pool, key, now)
+            for key in pool.held
+        )
+
+    def _overdue(self, pool: PoolTable, now: float) -> Iterator[Write]:
         """Silent Go pods' keepalives that MongoDB should have deleted: then other Go pods learn of the
         death."""
         for key, seen in pool.keepalives.items():
             silent = seen.mirrored is None and seen.go_down
-            if silent and keepalives.overdue(seen, self._table.seconds, self.go_pods.silence(pool.name, key)):
+            silence = self.go_pods.silence(pool.name, key) if silent else 0.0
+            overdue = silent and keepalives.overdue(seen, self._table.seconds, silence)
+            if overdue and not self._lingers(pool, key, now):
                 yield writes.delete_keepalive(pool.name, key, seen)
 
     def _patience(self, pool: PoolTable, key: Key) -> float:
@@ -297,15 +327,15 @@ class Mirrors:
         session = self._table.sessions.get(key)
         if session and session.state != DEAD:
             return float("inf")
-        holds = (
-            [self._hold_ms(pool, pool.chunks[n], session) for n in pool.held[key].numbers]
-            if key in pool.held
-            else []
-        )
-        if not holds:
+        held = pool.held.get(key)
+        if held is None:
             allocation_ms = session.promised_ms if session else round(self._leases.allocation * 1000)
             return (allocation_ms + self._definitions[pool.name].usage_lag_ms) / 1000
-        longest = max(holds) / 1000
+        known = self._holds.get((pool.name, key))
+        if known is None or known[0] != held.checksum:  # a dead pod's chunks go, and none comes
+            longest_ms = max(self._hold_ms(pool, pool.chunks[n], session) for n in held.numbers)
+            known = self._holds[pool.name, key] = held.checksum, longest_ms / 1000
+        longest = known[1]
         return longest if self._go.claims_after is None else min(longest, self._go.claims_after)
 
     def _hold_ms(self, pool: PoolTable, chunk: Chunk, former: Session | None) -> int:
@@ -321,4 +351,7 @@ class Mirrors:
         now = self._clock()
         self._gone_at = {of: at for of, at in self._gone_at.items() if now - at < SETTLES}
         self._shown_at = {of: at for of, at in self._shown_at.items() if now - at < 2 * SHOWN_AGAIN}
+        self._holds = {
+            of: known for of, known in self._holds.items() if of[1] in self._table.pools[of[0]].held
+        }
         self._opened_at = {key: at for key, at in self._opened_at.items() if key in self._table.sessions}

@@ -62,11 +62,12 @@ class Reaper:
 
     async def run(self) -> None:
         while True:
+            self._go_pods.note_health()
             try:
                 await self._expire_due()
-                await self._go_pods.look()
                 await self._claim_orphans()
                 await self._purge()
+                await self._go_pods.look()
                 wait = self._until_next()
             except StoreUnavailable as error:
                 log.warning("put_off", error=str(error))
@@ -161,10 +162,14 @@ class Reaper:
 
     def _claimable(self, pool: PoolTable) -> list[Chunk]:
         """Not what lies outside of the pool, where a Go pod may have put it: no SDK pod takes that up."""
+        if all(owner.is_go for owner in pool.live.values()):  # nobody could claim them
+            return []
         capacity = self._definitions[pool.name].capacity
-        return [
-            orphan for orphan in pool.orphans() if orphan.n < capacity and self._may_claim(pool, orphan.owner)
-        ]
+        claimable: list[Chunk] = []
+        for key, held in pool.held.items():
+            if key not in pool.live and self._may_claim(pool, pool.chunks[next(iter(held.numbers))].owner):
+                claimable += (pool.chunks[n] for n in held.numbers if n < capacity)
+        return claimable
 
     def _may_claim(self, pool: PoolTable, former: Owner) -> bool:
         """Whether the owner's death is final, and nobody may still be routed to it for good reason."""

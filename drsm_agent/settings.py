@@ -117,7 +117,7 @@ class Settings(BaseSettings):
     """`A`: a pod cut off goes on issuing for so long."""
     leader_ttl: float = Field(3.0, gt=0, lt=DURATION_MAX)
     """`T`: a standby takes over a leader that was silent for so long."""
-    go_hold: float = Field(3600.0, gt=0, lt=DURATION_MAX)
+    go_hold: float = Field(3600.0, ge=1, lt=DURATION_MAX)
     """Nothing is issued for so long from a chunk that was a Go DRSM pod's: it may have stood still, and go
     on."""
     go_claims_after: float | None = Field(None, gt=0, lt=DURATION_MAX)

@@ -8,7 +8,8 @@ begin with `drsm:`, and no Go pod writes that. docs/protocol.md names every fiel
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import isnan
 from typing import Any
 
 Document = dict[str, Any]
@@ -28,6 +29,8 @@ claims; the newest are kept."""
 
 _CHUNK_ID = re.compile(r"chunkid-(0|[1-9][0-9]{0,18})")
 _SESSION_ID = re.compile(r"(.+):([0-9]{1,20})")
+NO_END = True
+"""What `silent` is for a Go keepalive without an end."""
 _OURS = "drsm:{}:{}"
 _OURS_MAX = len(_OURS) + POD_NAME_MAX + 20
 GO_INCARNATION = 0
@@ -82,13 +85,15 @@ class Drsm:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A chunk document as it stands, the stale parts included. None: a Go document without the field."""
+    """A chunk document as it stands, the stale parts included. None: a Go document without the field. `odd`
+    is a `drsm` that cannot be read, and counts for nothing but to be told again from another."""
 
     n: int
     pod: str
     ip: str | None
     instance: str | None
     drsm: Drsm | None = None
+    odd: Any = field(default=None, compare=False)
 
     @property
     def valid(self) -> Drsm | None:
@@ -133,6 +138,8 @@ class Chunk:
             document["podInstance"] = self.instance
         if self.ip is not None:
             document["podIp"] = self.ip
+        if self.odd is not None:
+            document["drsm"] = self.odd
         return document | ({"drsm": self.drsm.document} if self.drsm else {})
 
 
@@ -182,7 +189,8 @@ class Keepalive:
         """What it says of the Go pod of its name; None for a mirror that says nothing of one."""
         if (mirrored := self.mirrored) is None:
             owner = Owner(self.pod, self.ip or "", self.instance or "", GO_INCARNATION)
-            return Told(owner, down=self.silent is not None and self.silent == self.expire_at)
+            seen = NO_END if self.expire_at is None else self.expire_at
+            return Told(owner, down=self.silent is not None and self.silent == seen)
         if mirrored.is_go:
             return Told(mirrored, down=True)
         if isinstance(self.silent, Mapping):
@@ -288,13 +296,15 @@ def read_chunk(document: Mapping[str, Any]) -> Chunk | None:
     n, pod = chunk_number(str(document.get("_id"))), document.get("podId")
     if n is None or not isinstance(pod, str):
         return None
+    drsm = _read_drsm(document.get("drsm"))
     try:
         return Chunk(
             n=n,
             pod=_text(pod, POD_NAME_MAX),
             ip=_text_or_none(document.get("podIp"), IP_MAX),
             instance=_text_or_none(document.get("podInstance"), INSTANCE_MAX),
-            drsm=_read_drsm(document.get("drsm")),
+            drsm=drsm,
+            odd=document.get("drsm") if drsm is None else None,
         )
     except ValueError:
         return None
@@ -307,20 +317,24 @@ def read_keepalive(document: Mapping[str, Any]) -> Keepalive | None:
     drsm = document.get("drsm")
     beside = drsm if isinstance(drsm, Mapping) else {}
     try:
-        _text(document.get("_id"), POD_NAME_MAX)  # it is part of the token that an event carries
+        key = _text(document.get("_id"), POD_NAME_MAX)  # it is part of the token that an event carries
         keepalive = Keepalive(
             pod=_text(document.get("podId") or "", POD_NAME_MAX),
             ip=_text_or_none(document.get("podIp"), IP_MAX),
             instance=_text_or_none(document.get("podInstance"), max(INSTANCE_MAX, _OURS_MAX)),
             owner=_read_owner(beside),
-            expire_at=document.get("expireAt"),
+            expire_at=_read_end(document.get("expireAt")),
             pushed=beside.get("pushed"),
             silent=beside.get("silent"),
         )
     except ValueError:
         return None
-    wide = keepalive.mirrored is None and len(keepalive.instance or "") > INSTANCE_MAX
-    return None if wide else keepalive
+    mirrored = keepalive.mirrored
+    if mirrored is None and len(keepalive.instance or "") > INSTANCE_MAX:
+        return None
+    if mirrored is not None and mirrored.name != key:  # a copy of one of ours, under another name
+        return None
+    return keepalive
 
 
 def read_session(document: Mapping[str, Any]) -> Session | None:
@@ -396,6 +410,15 @@ def _read_drsm(value: Any) -> Drsm | None:
         )
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
+
+
+def _read_end(value: Any) -> Any:
+    """When a keepalive ends, as it is compared with. Raises ValueError for what a guard cannot name:
+    operators of MongoDB's language, what equals nothing, and what is too large to be written beside it."""
+    nan = isinstance(value, float) and isnan(value)
+    if isinstance(value, Mapping | list | tuple | str | bytes) or nan:
+        raise ValueError("expected a date")
+    return value
 
 
 def _read_owner(value: Mapping[str, Any]) -> Owner | None:

@@ -63,7 +63,10 @@ def for_living(pool: PoolTable, owner: Owner, ends: Ends, *, go_silent: bool) ->
     mirrored = seen.mirrored
     if mirrored is None and not (go_silent or seen.go_down):
         return for_namesake(pool, owner.name, ends)
-    if mirrored is None or mirrored.incarnation < owner.incarnation:
+    of_another = mirrored is None or mirrored.key != owner.key
+    if of_another and not (
+        mirrored and mirrored.key in pool.live and mirrored.incarnation > owner.incarnation
+    ):
         return writes.take_over_keepalive(pool.name, seen, owner, ends.expire_at)
     if mirrored == owner:
         return untold(pool, seen, ends) or (

@@ -6,7 +6,7 @@ counter. Numbers that were free below it when this leader started come last, as 
 """
 
 from bisect import bisect_right
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from heapq import nsmallest
 
 
@@ -62,22 +62,32 @@ KNOWN_SHARE = 0.75
 three quarters known that takes four draws."""
 
 
+def go_knows(capacity: int, owned: Collection[int], known_free: Collection[int]) -> int:
+    """How many numbers of a pool Go pods know at most: those that are owned, and those that were."""
+    known = len(owned) + len(known_free)
+    if known < KNOWN_SHARE * capacity:  # as a rule; more only with numbers outside of the pool
+        return known
+    return sum(n < capacity for numbers in (owned, known_free) for n in numbers)
+
+
 def beside_go(
     count: int,
     capacity: int,
-    owned: Container[int],
-    known: Collection[int],
+    owned: Collection[int],
     known_free: Collection[int],
+    unusable: Callable[[int], bool] = lambda _: False,
 ) -> list[int]:
     """Up to `count` free numbers of a pool that Go pods use too: first the lowest of those that they know,
     then the lowest never used, as long as they know less than `KNOWN_SHARE` of all. The same whichever leader
     decides: who knows nothing of what was used before finds it among the lowest."""
-    taken = nsmallest(count, (n for n in known_free if n < capacity and n not in owned))
-    chosen, fresh = set(taken), min(count - len(taken), int(KNOWN_SHARE * capacity) - len(known))
+    usable = (n for n in known_free if n < capacity and n not in owned and not unusable(n))
+    taken = nsmallest(count, usable)
+    room = int(KNOWN_SHARE * capacity) - go_knows(capacity, owned, known_free)
+    chosen, fresh = set(taken), min(count - len(taken), room)
     for n in range(capacity):
         if fresh <= 0:
             break
-        if n not in owned and n not in chosen:
+        if n not in owned and n not in chosen and n not in known_free and not unusable(n):
             taken.append(n)
             fresh -= 1
     return taken

@@ -71,8 +71,9 @@ class PoolTable:
     keepalive says that they are, and `go_keepalives` counts their own. `signs` counts, by name, what shows
     that one lives: its renewals, and chunks that it has allocated or claimed. `from_go` are the SDK pods'
     chunks that came from each of them. `gone` are keepalives that were deleted of late, and when, by the
-    database's time. `known` are the numbers that Go pods have seen owned and never take
-    again, `known_free` those that nobody owns now; both are empty while there is no Go pod.
+    database's time. `go_since` is when each Go pod's life began, as far as its keepalive shows, and
+    `known_free` are the free numbers that one of them has seen owned and never takes again, with when they
+    became free. Those that are owned they know, too.
     """
 
     name: str
@@ -87,8 +88,8 @@ class PoolTable:
     signs: dict[str, int] = field(default_factory=dict, compare=False)
     from_go: dict[str, dict[int, None]] = field(default_factory=dict)
     gone: dict[str, int] = field(default_factory=dict, compare=False)
-    known: set[int] = field(default_factory=set, compare=False)
-    known_free: set[int] = field(default_factory=set, compare=False)
+    go_since: dict[str, int] = field(default_factory=dict, compare=False)
+    known_free: dict[int, int] = field(default_factory=dict, compare=False)
     go_keepalives: int = 0
     go_chunks: int = 0
     checksum: int = 0
@@ -240,7 +241,7 @@ class Table:
             and (old is None or (old.owner != new.owner and old.drsm == new.drsm))
         ):
             self._sign(pool, new.pod)  # what the agent gives to a Go pod changes `drsm`, too
-        _note_known(pool, old, new)
+        _note_known(pool, old, new, version[0])
         if old is None and new is None:
             return []
         if old is None:
@@ -339,7 +340,7 @@ class Table:
             _note_gone(pool, key, version[0])
         for keepalive, step in ((old, -1), (new, 1)):
             pool.go_keepalives += step if keepalive and keepalive.go_owner else 0
-        _note_known(pool)
+        _note_lives(pool, old, new, version[0])
         return self._judged(pool, old, new, version, token)
 
     def _judged(
@@ -402,17 +403,23 @@ def _came_from(chunk: Chunk) -> tuple[str, ...]:
     return () if chunk.owner.is_go else chunk.go_owners
 
 
-def _note_known(pool: PoolTable, old: Chunk | None = None, new: Chunk | None = None) -> None:
-    """A Go pod that starts learns the numbers that are owned, and from then on each that is granted."""
-    if not pool.has_go:
-        pool.known.clear()
-        pool.known_free.clear()
+def _note_known(pool: PoolTable, old: Chunk | None, new: Chunk | None, at: int) -> None:
+    """A number that becomes free is one that every Go pod of this moment knows."""
+    if old is not None and new is None and pool.go_since:
+        pool.known_free[old.n] = at
+    elif new is not None:
+        pool.known_free.pop(new.n, None)
+
+
+def _note_lives(pool: PoolTable, old: Keepalive | None, new: Keepalive | None, at: int) -> None:
+    """A Go pod that begins knows what is owned then, and learns each number that is granted from then on.
+    One at another address is another one. What only those before it knew is new again."""
+    before, after = old and old.go_owner, new and new.go_owner
+    if before == after:
         return
-    if not pool.known:
-        pool.known.update(pool.chunks)
-    if old is not None:
-        pool.known.add(old.n)
-        pool.known_free.add(old.n)
-    if new is not None:
-        pool.known.add(new.n)
-        pool.known_free.discard(new.n)
+    if before:
+        pool.go_since.pop(before.name, None)
+    if after:
+        pool.go_since[after.name] = at
+    oldest = min(pool.go_since.values(), default=None)
+    pool.known_free = {} if oldest is None else {n: f for n, f in pool.known_free.items() if f >= oldest}

@@ -17,6 +17,7 @@ from drsm_agent.core.documents import (
     GO_INCARNATION,
     GO_OWNERS_MAX,
     LIVE,
+    NO_END,
     OPENED,
     Chunk,
     Document,
@@ -215,8 +216,9 @@ def _chunk_guard(chunk: Chunk) -> Document:
         "podInstance": chunk.instance,
     }
     if chunk.drsm is None:
-        return guard | {"drsm": None}
-    return guard | {"drsm.incarnation": chunk.drsm.incarnation, "drsm.grant": chunk.drsm.grant}
+        return guard | {"drsm": chunk.odd}
+    grant = chunk.drsm.grant or {"$in": ["", None]}  # one without a grant may lack the field
+    return guard | {"drsm.incarnation": chunk.drsm.incarnation, "drsm.grant": grant}
 
 
 def _came_from(chunk: Chunk) -> tuple[str, ...]:
@@ -273,7 +275,8 @@ def push_keepalive(pool: str, key: str, seen: Keepalive, expire_at: Any) -> Upda
 
 def note_silence(pool: str, key: str, seen: Keepalive) -> Update:
     """The Go pod whose keepalive stood unchanged is down."""
-    return Update(pool, _keepalive_guard(key, seen), set={"drsm": _beside(seen) | {"silent": seen.expire_at}})
+    silent = NO_END if seen.expire_at is None else seen.expire_at
+    return Update(pool, _keepalive_guard(key, seen), set={"drsm": _beside(seen) | {"silent": silent}})
 
 
 def note_go_down(pool: str, seen: Keepalive, go: Owner) -> Update:

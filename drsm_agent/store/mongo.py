@@ -171,7 +171,9 @@ class MongoStore:
 
 
 def _is_ttl(index: Mapping[str, Any]) -> bool:
-    return "expireAfterSeconds" in index and [name for name, _ in index["key"]] == ["expireAt"]
+    """Of part of the documents is of none that matters."""
+    whole = "expireAfterSeconds" in index and "partialFilterExpression" not in index
+    return whole and [name for name, _ in index["key"]] == ["expireAt"]
 
 
 def _client_options(timeout: float) -> Document:

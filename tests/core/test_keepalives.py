@@ -70,7 +70,10 @@ def test_the_mirror_of_an_older_incarnation_is_taken_over_and_a_newer_ones_left_
     """In one update: between a delete and an insert Go pods would claim what names the pod."""
     write = needed(mirror(), owner=NEWER)
     assert result(table(mirror()), write).keepalives["amf-1"].mirrored == NEWER
-    assert needed(mirror(NEWER), owner=ME) is None
+    pool = table(mirror(NEWER))
+    assert result(pool, needed(mirror(NEWER))).keepalives["amf-1"].mirrored == ME  # nobody lives by it
+    pool.live[NEWER.key] = NEWER
+    assert keepalives.for_living(pool, ME, ENDS, go_silent=False) is None
 
 
 def test_a_mirror_is_prolonged_before_it_ends_and_not_more_often() -> None:

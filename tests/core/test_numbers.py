@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from drsm_agent.core.numbers import FreeNumbers, beside_go
+from drsm_agent.core.numbers import FreeNumbers, beside_go, go_knows
 
 
 def test_never_used_numbers_ascend() -> None:
@@ -154,29 +154,39 @@ TestAgainstAPlainModel.settings = settings(max_examples=150, stateful_step_count
 
 def test_beside_go_pods_the_lowest_number_that_was_used_before_comes_first() -> None:
     """Whatever is granted for the first time, Go pods never take any more."""
-    owned, known = {0, 1, 5, 900}, {0, 1, 3, 5, 700, 900}
-    assert beside_go(1, 1024, owned, known, {3, 700}) == [3]
-    assert beside_go(4, 1024, owned, known, {3, 700}) == [3, 700, 2, 4]
+    assert beside_go(1, 1024, {0, 1, 5, 900}, {3, 700}) == [3]
+    assert beside_go(4, 1024, {0, 1, 5, 900}, {3, 700}) == [3, 700, 2, 4]
 
 
 def test_a_leader_that_knows_nothing_of_what_was_used_grants_the_lowest() -> None:
     """As those before it did: what was used and is free is among them."""
-    assert beside_go(3, 1024, {0, 2, 5}, {0, 2, 5}, set()) == [1, 3, 4]
+    assert beside_go(3, 1024, {0, 2, 5}, set()) == [1, 3, 4]
 
 
 def test_never_used_numbers_are_kept_for_go_pods_once_they_know_three_quarters() -> None:
     """They draw until they find one that they do not know."""
-    known = set(range(11))
-    assert beside_go(5, 16, set(range(11)), known, set()) == [11]
-    assert beside_go(5, 16, set(range(12)), known | {11}, set()) == []
-    assert beside_go(5, 16, set(range(11)), known | {11}, {11}) == [11]
+    assert beside_go(5, 16, set(range(11)), set()) == [11]
+    assert beside_go(5, 16, set(range(12)), set()) == []
+    assert beside_go(5, 16, set(range(11)), {11}) == [11]
+
+
+def test_numbers_outside_of_the_pool_are_none_that_go_pods_know_of_it() -> None:
+    """A Go pod with more bits owns such."""
+    outside = set(range(100, 112))
+    assert go_knows(16, outside, {50: 1, 3: 1}) == 1
+    assert beside_go(2, 16, outside, set()) == [0, 1]
+
+
+def test_beside_go_pods_too_what_is_of_no_use_is_passed_over() -> None:
+    """Numbers whose ids are never issued, or whose documents cannot be read."""
+    assert beside_go(2, 16, {2}, {3, 5}, lambda n: n in {0, 3}) == [5, 1]
 
 
 @given(st.sets(st.integers(0, 63)), st.sets(st.integers(0, 63)), st.integers(1, 64))
 def test_numbers_beside_go_pods_are_free_and_each_once(owned: set[int], free: set[int], count: int) -> None:
     """Whatever is known."""
     free -= owned
-    numbers = beside_go(count, 64, owned, owned | free, free)
+    numbers = beside_go(count, 64, owned, free)
     assert len(set(numbers)) == len(numbers) <= count
     assert not set(numbers) & owned
     assert len(owned | free | set(numbers)) <= max(48, len(owned | free))

@@ -470,12 +470,27 @@ def test_go_pods_know_what_was_owned_since_one_of_them_is_there() -> None:
     pool = table.pools["amfid"]
     fold(table, put("amfid", chunk(1, AMF_1).document, 101), put("amfid", chunk(2, AMF_1).document, 102))
     fold(table, gone("amfid", "chunkid-1", 103))
-    assert (pool.known, pool.known_free) == (set(), set())
+    assert pool.known_free == {}
     fold(table, put("amfid", keepalive(GO_POD), 104), put("amfid", chunk(5, AMF_1).document, 105))
     fold(table, gone("amfid", "chunkid-2", 106))
-    assert (pool.known, pool.known_free) == ({2, 5}, {2})
-    fold(table, put("amfid", chunk(2, AMF_1).document, 107), gone("amfid", "amf-go", 108))
-    assert (pool.known, pool.known_free) == (set(), set())
+    assert pool.known_free == {2: 106}
+    fold(table, put("amfid", chunk(2, AMF_1).document, 107), gone("amfid", "chunkid-5", 108))
+    assert pool.known_free == {5: 108}
+    fold(table, gone("amfid", "amf-go", 109))
+    assert pool.known_free == {}
+
+
+def test_what_only_go_pods_knew_that_have_started_anew_is_new_again() -> None:
+    """One by one, under their names or others: it is the way out when they know too many."""
+    table, other = made(), replace(GO_POD, name="amf-go-2")
+    pool = table.pools["amfid"]
+    fold(table, put("amfid", keepalive(GO_POD), 101), put("amfid", keepalive(other), 102))
+    fold(table, put("amfid", chunk(1, AMF_1).document, 103), gone("amfid", "chunkid-1", 104))
+    fold(table, gone("amfid", "amf-go", 105), put("amfid", keepalive(GO_POD), 106))
+    assert pool.known_free == {1: 104}  # the other one still knows it
+    fold(table, delta("amfid", "amf-go-2", 107, {"podIp": "10.0.0.99", "expireAt": 1}))
+    assert pool.known_free == {}
+    assert pool.go_since == {"amf-go": 106, "amf-go-2": 107}
 
 
 def test_keepalives_that_were_deleted_of_late_are_remembered_for_a_minute() -> None:
