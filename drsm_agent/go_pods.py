@@ -180,8 +180,8 @@ class GoPods:
         """Keepalives that stand unchanged, also where MongoDB's TTL monitor does not delete them. They stay:
         a Go pod that lives and saw its own deleted would claim its own chunks, and issue from them anew."""
         for key, keepalive in pool.keepalives.items():
-            alive = keepalive.go_owner if not keepalive.go_down else None
-            if not alive or not self.is_silent(pool.name, alive.name):
+            told = keepalive.go_told
+            if told is None or told.down or not self.is_silent(pool.name, key):
                 continue
             if self._told.get((pool.name, key)) != self._signs.get(
                 (pool.name, key), 0
@@ -189,7 +189,7 @@ class GoPods:
                 self._told[pool.name, key] = self._signs.get((pool.name, key), 0)
                 log.warning("go_pod_silent", pool=pool.name, pod=key, seconds=keepalives.GO_SILENCE)
                 self._metrics.deaths.labels(reason="silent").inc()
-            yield writes.note_silence(pool.name, key, keepalive)
+            yield writes.note_silence(pool.name, keepalive, told.owner)
 
     def _remember(self, pool: PoolTable) -> Iterator[Write]:
         """Chunks that went from one Go pod to another."""

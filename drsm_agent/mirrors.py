@@ -86,7 +86,7 @@ class Mirrors:
                 if not self._shows(pool, owner) and (pool.name, owner.name) not in self._in_the_way
             ]
             ends = self._ends()
-            needed = [write for owner in missing if (write := self._needed(pool, owner, ends))]
+            needed = [write for owner in missing if (write := keepalives.for_living(pool, owner, ends))]
             if not needed:
                 return
             await self._relay.commit(needed)
@@ -119,7 +119,7 @@ class Mirrors:
             yield from ((pool.name, name) for name, _ in pool.held if name not in pool.keepalives)
 
     def _shows(self, pool: PoolTable, owner: Owner) -> bool:
-        return keepalives.shows(pool, owner, self._table.seconds)
+        return keepalives.shows(pool, owner)
 
     def _settled(self, pool: PoolTable, name: str) -> bool:
         return self._clock() - self._gone_at.get((pool.name, name), float("-inf")) >= SETTLES
@@ -198,22 +198,16 @@ class Mirrors:
             if key[1] == GO_INCARNATION:
                 continue
             if owner := pool.live.get(key):
-                write = self._needed(pool, owner, ends)
+                write = keepalives.for_living(pool, owner, ends)
             elif (session := self._table.sessions.get(key)) and session.state == OPENED:
-                write = (
-                    keepalives.for_namesake(pool, session.pod, ends) if pool.name in session.pools else None
-                )
+                joins = pool.name in session.pools
+                write = keepalives.for_namesake(pool, session.owner, ends) if joins else None
             else:
                 continue
             if pool.has_go:
                 self._watch_namesake(pool, key)
             if write:
                 yield write
-
-    def _needed(self, pool: PoolTable, owner: Owner, ends: Ends) -> Write | None:
-        seen = pool.keepalives.get(owner.name)
-        silent = seen is not None and seen.mirrored is None and self.go_pods.is_silent(pool.name, owner.name)
-        return keepalives.for_living(pool, owner, ends, go_silent=silent)
 
     def _ends(self) -> Ends:
         """By the database's time, which its TTL monitor goes by, and no other clock."""
@@ -256,7 +250,7 @@ class Mirrors:
     def _over(self, pool: PoolTable, now: float, ends: Ends) -> Iterator[Write]:
         """The keepalives of the dead go once nobody issues from their chunks."""
         for seen, owner in keepalives.of_nobody(pool):
-            if write := keepalives.untold(pool, seen, ends):
+            if write := keepalives.untold(pool, seen):
                 yield write
                 continue
             writing = keepalives.go_writes_under(pool, owner.name)
@@ -270,7 +264,7 @@ class Mirrors:
             if owner.is_go and owner.key in pool.held and now - shown < SHOWN_AGAIN:
                 continue  # it stands in for the Go pod again as soon as it is gone
             self._shown_at[pool.name, owner.name] = now
-            yield writes.delete_keepalive(pool.name, owner.name, seen)
+            yield writes.delete_keepalive(pool.name, seen)
 
     def _shown_again(self, pool: PoolTable, now: float, ends: Ends) -> Iterator[Write]:
         """Dead pods of ours that have no keepalive any more, and whose chunks no Go pod has claimed: a
@@ -313,10 +307,9 @@ class Mirrors:
         death."""
         for key, seen in pool.keepalives.items():
             silent = seen.mirrored is None and seen.go_down
-            silence = self.go_pods.silence(pool.name, key) if silent else 0.0
-            overdue = silent and keepalives.overdue(seen, self._table.seconds, silence)
+            overdue = silent and keepalives.overdue(seen, self._table.seconds)
             if overdue and not self._lingers(pool, key, now):
-                yield writes.delete_keepalive(pool.name, key, seen)
+                yield writes.delete_keepalive(pool.name, seen)
 
     def _patience(self, pool: PoolTable, key: Key) -> float:
         """Seconds from a death, as this leader has seen it, until nobody issues from the dead pod's chunks:

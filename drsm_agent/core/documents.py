@@ -17,6 +17,7 @@ Document = dict[str, Any]
 POD_NAME_MAX, IP_MAX, INSTANCE_MAX = 253, 64, 256
 """As the wire has them. Anybody may write into a pool's collection up to 16 MiB; a message that has no room
 for an owner would end every agent, one after the other."""
+_ADDRESS_MAX = (("ip", IP_MAX), ("instance", INSTANCE_MAX))
 GRANT_MAX, REQUEST_ID_MAX = 16, 64
 """As the wire has them; grants go out with claims."""
 REASON_MAX = 64
@@ -59,7 +60,7 @@ class Owner:
 @dataclass(frozen=True, slots=True)
 class Drsm:
     """A chunk's sub-document that only the agent writes. `go_owners` are the Go pods that it came from,
-    through     all claims: one that stood still may go on issuing from it."""
+    through all claims: one that stood still may go on issuing from it."""
 
     pod: str
     ip: str
@@ -153,14 +154,12 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Keepalive:
-    """A pod's keepalive document in one pool. Its `instance` says whose it is: a Go pod's own, or the
-    agent's, for an SDK pod (its mirror) or for a Go pod that has none and is silent (incarnation 0).
+    """A keepalive document in one pool; `pod` is its `_id`. Its `instance` says whose it is: a Go pod's own,
+    or the agent's, for an SDK pod (its mirror) or for a Go pod that has none and is silent (incarnation 0).
 
-    The times are as they were written: `expire_at` by whoever wrote last. On a Go pod's own the agent
-    writes `pushed`, equal to `expire_at` while it is the agent that has put it off; and `silent`, equal to
-    `expire_at` once that stood unchanged for too long. A renewal changes `expire_at`, and ends both. On a
-    mirror the agent writes `silent` while a Go pod of the name owns chunks and is down: its `ip` and
-    `instance`.
+    `expire_at` is as whoever wrote last has put it. On a Go pod's own the agent writes `silent`, equal to
+    `expire_at` once that stood unchanged for too long; a renewal changes `expire_at`, and ends it. `go` is
+    what a mirror says of the Go pod of its name.
     """
 
     pod: str
@@ -168,8 +167,8 @@ class Keepalive:
     instance: str | None
     owner: Owner | None = None
     expire_at: Any = None
-    pushed: Any = None
     silent: Any = None
+    go: Told | None = None
 
     @property
     def mirrored(self) -> Owner | None:
@@ -179,13 +178,13 @@ class Keepalive:
 
     @property
     def go_owner(self) -> Owner | None:
-        """The Go pod that wrote it, alive or not; None for one of the agent's."""
-        if self.mirrored:
-            return None
-        return Owner(self.pod, self.ip or "", self.instance or "", GO_INCARNATION)
+        """The Go pod that keeps it up, or did before it fell silent; None for a mirror from which no Go pod
+        was heard for too long."""
+        told = self.go_told
+        return told.owner if told and not (told.down and self.mirrored) else None
 
     @property
-    def go_told(self) -> "Told | None":
+    def go_told(self) -> Told | None:
         """What it says of the Go pod of its name; None for a mirror that says nothing of one."""
         if (mirrored := self.mirrored) is None:
             owner = Owner(self.pod, self.ip or "", self.instance or "", GO_INCARNATION)
@@ -193,10 +192,7 @@ class Keepalive:
             return Told(owner, down=self.silent is not None and self.silent == seen)
         if mirrored.is_go:
             return Told(mirrored, down=True)
-        if isinstance(self.silent, Mapping):
-            ip, instance = (str(self.silent.get(name) or "")[:INSTANCE_MAX] for name in ("ip", "instance"))
-            return Told(Owner(mirrored.name, ip[:IP_MAX], instance, GO_INCARNATION), down=True)
-        return None
+        return self.go
 
     @property
     def go_down(self) -> bool:
@@ -207,7 +203,7 @@ class Keepalive:
     @property
     def by_go(self) -> bool:
         """Whether a Go pod's renewal was the last that put its end off."""
-        return self.mirrored is None and (self.pushed is None or self.pushed != self.expire_at)
+        return self.mirrored is None
 
     @property
     def document(self) -> Document:
@@ -218,9 +214,10 @@ class Keepalive:
         if self.instance is not None:
             document["podInstance"] = self.instance
         drsm = owner_fields(self.owner) if self.owner else {}
-        drsm |= {
-            name: at for name, at in (("pushed", self.pushed), ("silent", self.silent)) if at is not None
-        }
+        if self.silent is not None:
+            drsm["silent"] = self.silent
+        if self.go is not None:
+            drsm["go"] = told_fields(self.go)
         return document | ({"drsm": drsm} if drsm else {})
 
 
@@ -233,6 +230,11 @@ def our_instance(owner: Owner) -> str:
 def owner_fields(owner: Owner) -> Document:
     """An incarnation as `drsm` has it."""
     return {"pod": owner.name, "ip": owner.ip, "instance": owner.instance, "incarnation": owner.incarnation}
+
+
+def told_fields(told: Told) -> Document:
+    """What a mirror says of a Go pod, as `drsm.go` has it."""
+    return {"ip": told.owner.ip, "instance": told.owner.instance, "down": told.down}
 
 
 OPENED, LIVE, DEAD = "opened", "live", "dead"
@@ -319,13 +321,13 @@ def read_keepalive(document: Mapping[str, Any]) -> Keepalive | None:
     try:
         key = _text(document.get("_id"), POD_NAME_MAX)  # it is part of the token that an event carries
         keepalive = Keepalive(
-            pod=_text(document.get("podId") or "", POD_NAME_MAX),
+            pod=key,
             ip=_text_or_none(document.get("podIp"), IP_MAX),
             instance=_text_or_none(document.get("podInstance"), max(INSTANCE_MAX, _OURS_MAX)),
             owner=_read_owner(beside),
             expire_at=_read_end(document.get("expireAt")),
-            pushed=beside.get("pushed"),
             silent=beside.get("silent"),
+            go=_read_told(key, beside.get("go")),
         )
     except ValueError:
         return None
@@ -427,6 +429,17 @@ def _read_owner(value: Mapping[str, Any]) -> Owner | None:
         return Owner(*_who(value["pod"], value["ip"], value["instance"]), _whole(value["incarnation"]))
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
+
+
+def _read_told(pod: str, value: Any) -> Told | None:
+    """What a mirror says of the Go pod of its name; None where it says nothing that can be read."""
+    if not isinstance(value, Mapping):
+        return None
+    try:
+        ip, instance = (_text(value.get(name) or "", most) for name, most in _ADDRESS_MAX)
+    except ValueError:
+        return None
+    return Told(Owner(pod, ip, instance, GO_INCARNATION), down=bool(value.get("down", True)))
 
 
 def _read_names(value: Any) -> tuple[str, ...]:

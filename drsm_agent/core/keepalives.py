@@ -3,9 +3,10 @@
 A Go pod claims the chunks that name a pod when it sees that pod's keepalive deleted, and only then; it does
 not look at who is alive. So the agent decides by keepalives what Go pods do to our chunks:
 
-- A living SDK pod has a mirror, whose end is always far ahead, before it owns its first chunk. Where a Go
-  pod has left a keepalive of that name, its end is put off, until it has stood unchanged for so long that the
-  Go pod is gone; then it becomes the mirror, in one write. It is never deleted and inserted anew.
+- A living SDK pod has a mirror, whose end is always far ahead, before it owns its first chunk. Where there is
+  a Go pod's keepalive of that name, that becomes the mirror, in one write, again after each renewal of the Go
+  pod. It is never deleted and inserted anew. Until it has stood unchanged for so long that the Go pod is
+  gone, it also says that the Go pod lives.
 - A dead SDK pod's mirror is deleted once nobody issues from its chunks any more, although chunks name it:
   where no SDK pod lives, Go pods shall claim them. They may have missed it, so it is shown again.
 - A Go pod that owns chunks, has no keepalive and is silent gets a stand-in that says so.
@@ -23,18 +24,14 @@ from drsm_agent.core.documents import GO_INCARNATION, Keepalive, Owner
 from drsm_agent.core.table import UNKNOWN, PoolTable
 from drsm_agent.core.writes import Insert, Update
 
-GO_TTL = 20.0
-"""How far ahead a Go pod puts the end of its keepalive, every 5 s, on its own clock."""
 GO_SILENCE = 25.0
-"""A Go pod whose keepalive stood unchanged, or was missing, for this long is down: that is `GO_TTL` and a
-renewal. Longer than `feed.STILL_AFTER` and a renewal: that the stream stands still is noticed first."""
+"""A Go pod whose keepalive stood unchanged, or was missing, for this long is down: it puts the end 20 s
+ahead, each 5 s. Longer than `feed.STILL_AFTER` and a renewal: that the stream stands still is noticed
+first."""
 TTL_MONITOR = 60.0
 """MongoDB looks for expired documents once in so many seconds."""
 TTL_LATE = 30.0
 """Beyond that, a keepalive that is still there is one that MongoDB does not delete."""
-SOON = 15.0
-"""Seconds before the end of a Go pod's keepalive within which it is put off before anything rests on it:
-three times what passes between two looks at it."""
 LEASES_AHEAD, SLACK = 3, 10.0
 """A mirror's end is put so many allocation leases ahead, each half lease anew; so it is never less than `A +
 W` ahead, nor deleted before every pod that was not renewed has stopped issuing. And some seconds more: the
@@ -54,54 +51,50 @@ def ahead(allocation: float) -> float:
     return LEASES_AHEAD * allocation + SLACK
 
 
-def for_living(pool: PoolTable, owner: Owner, ends: Ends, *, go_silent: bool) -> Insert | Update | None:
-    """What the keepalive of a living SDK pod needs. `go_silent`: a Go pod of its name has shown no sign of
-    life for `GO_SILENCE`."""
+def for_living(pool: PoolTable, owner: Owner, ends: Ends) -> Insert | Update | None:
+    """What the keepalive of a living SDK pod needs."""
     seen = pool.keepalives.get(owner.name)
     if seen is None:
         return writes.mirror_keepalive(pool.name, owner, ends.expire_at)
     mirrored = seen.mirrored
-    if mirrored is None and not (go_silent or seen.go_down):
-        return for_namesake(pool, owner.name, ends)
-    of_another = mirrored is None or mirrored.key != owner.key
-    if of_another and not (
-        mirrored and mirrored.key in pool.live and mirrored.incarnation > owner.incarnation
-    ):
-        return writes.take_over_keepalive(pool.name, seen, owner, ends.expire_at)
     if mirrored == owner:
-        return untold(pool, seen, ends) or (
+        return untold(pool, seen) or (
             writes.prolong_keepalive(pool.name, seen, ends.expire_at)
             if _end(seen.expire_at) < ends.least
             else None
         )
+    if mirrored and mirrored.key in pool.live and mirrored.incarnation >= owner.incarnation:
+        return None
+    return writes.take_over_keepalive(pool.name, seen, owner, ends.expire_at)
+
+
+def for_namesake(pool: PoolTable, owner: Owner, ends: Ends) -> Update | None:
+    """Has a Go pod's keepalive become the mirror of a pod of ours that begins beside it and has not spoken
+    yet."""
+    seen = pool.keepalives.get(owner.name)
+    if seen is None or (owner.name, GO_INCARNATION) not in pool.live:
+        return None
+    if seen.mirrored is None:
+        return writes.take_over_keepalive(pool.name, seen, owner, ends.expire_at)
+    if seen.mirrored == owner and _end(seen.expire_at) < ends.least:
+        return writes.prolong_keepalive(pool.name, seen, ends.expire_at)
     return None
 
 
-def untold(pool: PoolTable, seen: Keepalive, ends: Ends) -> Update | None:
+def untold(pool: PoolTable, seen: Keepalive) -> Update | None:
     """Has a mirror say no more that a Go pod of its name is down, once that has no chunks: the next Go pod of
     the name is another one."""
-    if seen.silent is None or seen.mirrored is None or go_writes_under(pool, seen.mirrored.name):
+    mirrored = seen.mirrored
+    if mirrored is None or seen.go is None or not seen.go.down or go_writes_under(pool, mirrored.name):
         return None
-    return writes.prolong_keepalive(pool.name, seen, ends.expire_at, keep_silent=False)
+    return writes.forget_go(pool.name, seen, mirrored)
 
 
-def for_namesake(pool: PoolTable, name: str, ends: Ends) -> Update | None:
-    """Puts off the end of a Go pod's keepalive, as an SDK pod of its name begins."""
-    seen = pool.keepalives.get(name)
-    if seen and seen.mirrored is None and not seen.go_down and _end(seen.expire_at) < ends.least:
-        return writes.push_keepalive(pool.name, name, seen, ends.expire_at)
-    return None
-
-
-def shows(pool: PoolTable, owner: Owner, database_time: float) -> bool:
-    """Whether a keepalive is there by which Go pods know a living SDK pod, or its Go namesake: it will not be
-    deleted before somebody could put it off."""
+def shows(pool: PoolTable, owner: Owner) -> bool:
+    """Whether a keepalive is there by which Go pods know a living SDK pod, and which nothing of theirs
+    deletes: no `DeletePod` names its instance, and its end is far ahead."""
     seen = pool.keepalives.get(owner.name)
-    if seen is None:
-        return False
-    if seen.mirrored is None:
-        return not seen.go_down and _end(seen.expire_at) >= database_time + SOON
-    return seen.mirrored == owner
+    return seen is not None and seen.mirrored == owner
 
 
 def of_nobody(pool: PoolTable) -> Iterator[tuple[Keepalive, Owner]]:
@@ -129,15 +122,13 @@ def for_silent_go(pool: PoolTable, name: str, ends: Ends) -> Insert | Update:
     seen = pool.keepalives.get(name)
     go = pool.chunks[next(iter(pool.held[name, GO_INCARNATION].numbers))].owner
     if seen is not None:
-        return writes.note_go_down(pool.name, seen, go)
+        return writes.note_silence(pool.name, seen, go)
     return writes.mirror_keepalive(pool.name, go, ends.expire_at)
 
 
-def overdue(seen: Keepalive, database_time: float, silence: float) -> bool:
-    """Whether MongoDB's TTL monitor should have deleted a silent Go pod's keepalive by now. Where the agent
-    has put its end off, so long after the Go pod's own end."""
-    late = TTL_MONITOR + TTL_LATE
-    return _end(seen.expire_at) + late <= database_time or (not seen.by_go and silence >= GO_TTL + late)
+def overdue(seen: Keepalive, database_time: float) -> bool:
+    """Whether MongoDB's TTL monitor should have deleted a silent Go pod's keepalive by now."""
+    return _end(seen.expire_at) + TTL_MONITOR + TTL_LATE <= database_time
 
 
 def _end(expire_at: Any) -> float:

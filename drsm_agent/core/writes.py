@@ -25,10 +25,12 @@ from drsm_agent.core.documents import (
     Keepalive,
     Owner,
     Session,
+    Told,
     chunk_key,
     our_instance,
     owner_fields,
     session_key,
+    told_fields,
 )
 from drsm_agent.core.table import SESSIONS, STAMPS
 
@@ -252,53 +254,38 @@ def mirror_keepalive(pool: str, owner: Owner, expire_at: Any) -> Insert:
 
 
 def take_over_keepalive(pool: str, seen: Keepalive, owner: Owner, expire_at: Any) -> Update:
-    """The mirror of an older incarnation, or a silent Go pod's keepalive, becomes the mirror of this one. In
-    one write: a Go pod that saw it deleted would claim the chunks of everybody with this name."""
+    """The mirror of an older incarnation, or a Go pod's keepalive, becomes the mirror of this one. In one
+    write: a Go pod that saw it deleted would claim the chunks of everybody with this name. It goes on saying
+    what is known of the Go pod, whose next renewal makes it the Go pod's again."""
     fields = _mirror(owner, expire_at)
-    if go := seen.go_owner:
-        fields["drsm"] |= {"silent": _address(go)}
-    return Update(pool, _keepalive_guard(owner.name, seen), set=fields)
+    if told := seen.go_told:
+        fields["drsm"] |= {"go": told_fields(told)}
+    return Update(pool, _keepalive_guard(seen), set=fields)
 
 
-def prolong_keepalive(pool: str, seen: Keepalive, expire_at: Any, *, keep_silent: bool = True) -> Update:
-    """Put off the end of a mirror. Without `keep_silent` it says no more that a Go pod of the name is
-    down."""
-    drsm = {} if keep_silent or seen.owner is None else {"drsm": owner_fields(seen.owner)}
-    return Update(pool, _keepalive_guard(seen.pod, seen), set={"expireAt": expire_at} | drsm)
+def prolong_keepalive(pool: str, seen: Keepalive, expire_at: Any) -> Update:
+    """Put off the end of a mirror."""
+    return Update(pool, _keepalive_guard(seen), set={"expireAt": expire_at})
 
 
-def push_keepalive(pool: str, key: str, seen: Keepalive, expire_at: Any) -> Update:
-    """Put off the end of a Go pod's keepalive, beside which a pod of ours begins."""
-    changed = {"expireAt": expire_at, "drsm": {"pushed": expire_at}}
-    return Update(pool, _keepalive_guard(key, seen), set=changed)
+def forget_go(pool: str, seen: Keepalive, mirrored: Owner) -> Update:
+    """A mirror says nothing more of the Go pod of its name."""
+    return Update(pool, _keepalive_guard(seen), set={"drsm": owner_fields(mirrored)})
 
 
-def note_silence(pool: str, key: str, seen: Keepalive) -> Update:
-    """The Go pod whose keepalive stood unchanged is down."""
-    silent = NO_END if seen.expire_at is None else seen.expire_at
-    return Update(pool, _keepalive_guard(key, seen), set={"drsm": _beside(seen) | {"silent": silent}})
+def note_silence(pool: str, seen: Keepalive, go: Owner) -> Update:
+    """The Go pod that owns chunks, or whose keepalive stood unchanged, is down."""
+    drsm: Document = dict(seen.document.get("drsm", {}))
+    if seen.mirrored:
+        drsm["go"] = told_fields(Told(go, down=True))
+    else:
+        drsm["silent"] = NO_END if seen.expire_at is None else seen.expire_at
+    return Update(pool, _keepalive_guard(seen), set={"drsm": drsm})
 
 
-def note_go_down(pool: str, seen: Keepalive, go: Owner) -> Update:
-    """A Go pod that owns chunks is down, and the only keepalive of its name is a mirror."""
-    return Update(
-        pool, _keepalive_guard(seen.pod, seen), set={"drsm": _beside(seen) | {"silent": _address(go)}}
-    )
-
-
-def delete_keepalive(pool: str, key: str, seen: Keepalive) -> Delete:
+def delete_keepalive(pool: str, seen: Keepalive) -> Delete:
     """Go pods that see it claim the chunks that name it."""
-    return Delete(pool, _keepalive_guard(key, seen))
-
-
-def _beside(seen: Keepalive) -> Document:
-    """What the agent has written beside Go's fields."""
-    drsm: Document = seen.document.get("drsm", {})
-    return drsm
-
-
-def _address(go: Owner) -> Document:
-    return {"ip": go.ip, "instance": go.instance}
+    return Delete(pool, _keepalive_guard(seen))
 
 
 def _mirror(owner: Owner, expire_at: Any) -> Document:
@@ -312,8 +299,8 @@ def _mirror(owner: Owner, expire_at: Any) -> Document:
     }
 
 
-def _keepalive_guard(key: str, seen: Keepalive) -> Document:
-    return {"_id": key, "type": "keepalive", "podInstance": seen.instance, "expireAt": seen.expire_at}
+def _keepalive_guard(seen: Keepalive) -> Document:
+    return {"_id": seen.pod, "type": "keepalive", "podInstance": seen.instance, "expireAt": seen.expire_at}
 
 
 # --- The lead, the position, the stamp ------------------------------------------------------------

@@ -35,7 +35,7 @@ READ_BATCH = 1000  # documents: a batch keeps the event loop for some 10 ms
 SNAPSHOT_ATTEMPTS = 5  # a collection made since the snapshot's time cannot be read at it, only at a later one
 DUPLICATE_KEY, SNAPSHOT_UNAVAILABLE = 11000, 246
 SYSTEM = {"admin", "config", "local"}
-DATABASES_MAX = 100  # that are looked into for a Go fleet; a read each, within one time-out for all
+DATABASES_MAX = 1000  # that are looked into for a Go fleet; a read each, within one time-out for all
 A_CHUNK = {"_id": {"$gte": "chunkid-", "$lt": "chunkid."}}  # a range of the index on _id
 OF_GO = {"type": {"$in": ["chunk", "keepalive"]}, "drsm": None}
 

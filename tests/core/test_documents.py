@@ -13,6 +13,7 @@ from drsm_agent.core.documents import (
     Keepalive,
     Owner,
     Session,
+    Told,
     chunk_key,
     chunk_number,
     merge,
@@ -255,8 +256,11 @@ def test_an_owner_that_a_message_may_have_no_room_for_is_none(field: str) -> Non
     """Neither its chunk counts nor its keepalive: the event would end every agent."""
     longest, longer = ({field: "ü" * (LONGEST[field] + more)} for more in (0, 1))
     assert read_chunk(GO_CHUNK | longest) is not None
+    assert read_chunk(GO_CHUNK | longer) is None
+    if field == "podId":  # a keepalive's pod is the one that its `_id` names
+        longest, longer = ({"_id": name} for name in (longest[field], longer[field]))
     assert read_keepalive(GO_KEEPALIVE | longest) is not None
-    assert (read_chunk(GO_CHUNK | longer), read_keepalive(GO_KEEPALIVE | longer)) == (None, None)
+    assert read_keepalive(GO_KEEPALIVE | longer) is None
 
 
 def test_a_keepalive_is_named_no_longer_than_a_pod() -> None:
@@ -330,24 +334,57 @@ def test_the_longest_pod_has_a_mirror_that_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("beside", "down", "by_go"),
+    ("beside", "down"),
     [
-        ({}, False, True),
-        ({"pushed": 9}, False, False),
-        ({"pushed": 8}, False, True),
-        ({"silent": 9}, True, True),
-        ({"silent": 8}, False, True),
-        ({"pushed": 9, "silent": 9}, True, False),
+        ({}, False),
+        ({"silent": 9}, True),
+        ({"silent": 8}, False),
+        ({"go": {"ip": "", "instance": "", "down": True}}, False),
     ],
 )
 def test_what_the_agent_wrote_beside_a_go_keepalive_counts_until_it_is_renewed(
-    beside: dict[str, int], down: bool, by_go: bool
+    beside: dict[str, Any], down: bool
 ) -> None:
-    """Each names the end that it is about, and a renewal changes that."""
+    """It names the end that it is about, and a renewal changes that. What a mirror says is not said by a Go
+    pod's own."""
     keepalive = read_keepalive(GO_KEEPALIVE | {"expireAt": 9, "drsm": beside})
     assert keepalive is not None
-    assert (keepalive.go_down, keepalive.by_go) == (down, by_go)
+    assert (keepalive.go_down, keepalive.by_go) == (down, True)
     assert read_keepalive({"_id": "amf-go"} | keepalive.document) == keepalive
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"ip": "10.0.0.9", "instance": "nf-9", "down": False}, ("10.0.0.9", "nf-9", False)),
+        ({"ip": "10.0.0.9", "instance": "nf-9", "down": True}, ("10.0.0.9", "nf-9", True)),
+        ({}, ("", "", True)),
+        ({"ip": None, "instance": 5}, ("", "5", True)),
+        ({"ip": "x" * 65, "instance": "nf-9"}, None),
+        ("text", None),
+    ],
+)
+def test_a_mirror_says_what_is_known_of_the_go_pod_of_its_name(
+    said: Any, told: tuple[str, str, bool] | None
+) -> None:
+    """What cannot be read says nothing."""
+    keepalive = read_keepalive(MIRROR | {"drsm": MIRROR["drsm"] | {"go": said}})
+    assert keepalive is not None
+    assert keepalive.go == (told and Told(Owner("amf-1", told[0], told[1], 0), down=told[2]))
+    assert (keepalive.go_owner is not None, keepalive.go_down) == (
+        bool(told and not told[2]),
+        bool(told and told[2]),
+    )
+    assert read_keepalive({"_id": "amf-1"} | keepalive.document) == keepalive
+
+
+@pytest.mark.parametrize("name", [{}, {"podId": "another"}, {"podId": None}])
+def test_a_keepalive_is_of_the_pod_that_its_id_names(name: dict[str, Any]) -> None:
+    """A delete shows nothing else, and Go pods claim by it."""
+    bare = {field: value for field, value in GO_KEEPALIVE.items() if field != "podId"}
+    keepalive = read_keepalive(bare | name)
+    assert keepalive is not None
+    assert keepalive.pod == "amf-go"
 
 
 @pytest.mark.parametrize("kind", ["chunk", "", None, 5])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from drsm_agent.core import keepalives
-from drsm_agent.core.documents import Chunk, Document, Drsm, Owner, merge
+from drsm_agent.core.documents import Chunk, Document, Drsm, Owner, Told, merge
 from drsm_agent.core.keepalives import Ends
 from drsm_agent.core.table import Hashes, PoolTable, Table
 from drsm_agent.core.writes import Insert, Update, mirror_keepalive
@@ -57,9 +57,9 @@ def result(pool: PoolTable, write: Insert | Update | None) -> PoolTable:
     return table(merge(document, write.set))
 
 
-def needed(*documents: Document, owner: Owner = ME, go_silent: bool = False) -> Insert | Update | None:
+def needed(*documents: Document, owner: Owner = ME) -> Insert | Update | None:
     """What a living pod's keepalive needs, given these documents."""
-    return keepalives.for_living(table(*documents), owner, ENDS, go_silent=go_silent)
+    return keepalives.for_living(table(*documents), owner, ENDS)
 
 
 def test_a_pod_without_a_keepalive_gets_its_mirror() -> None:
@@ -73,7 +73,7 @@ def test_the_mirror_of_an_older_incarnation_is_taken_over_and_a_newer_ones_left_
     pool = table(mirror(NEWER))
     assert result(pool, needed(mirror(NEWER))).keepalives["amf-1"].mirrored == ME  # nobody lives by it
     pool.live[NEWER.key] = NEWER
-    assert keepalives.for_living(pool, ME, ENDS, go_silent=False) is None
+    assert keepalives.for_living(pool, ME, ENDS) is None
 
 
 def test_a_mirror_is_prolonged_before_it_ends_and_not_more_often() -> None:
@@ -85,20 +85,21 @@ def test_a_mirror_is_prolonged_before_it_ends_and_not_more_often() -> None:
     )
 
 
-def test_a_living_go_namesakes_keepalive_is_put_off_and_stays_its_own() -> None:
-    """Whoever deletes it, has Go pods claim the chunks of both."""
-    pool = table(go_keepalive())
-    after = result(pool, needed(go_keepalive())).keepalives["amf-1"]
-    assert (after.go_owner, after.expire_at, after.by_go, after.go_down) == (GO, FAR, False, False)
-    assert needed(go_keepalive(FAR, pushed=FAR)) is None
-    assert needed(go_keepalive(NOW, pushed=FAR)) is not None  # it has renewed since
-
-
-def test_a_silent_go_namesakes_keepalive_becomes_the_mirror() -> None:
-    """Told by the leader, or by what a leader before it has written."""
-    for pool, silent in ((go_keepalive(FAR, pushed=FAR), True), (go_keepalive(FAR, silent=FAR), False)):
-        after = result(table(pool), needed(pool, go_silent=silent)).keepalives["amf-1"]
-        assert (after.mirrored, after.go_down) == (ME, True)
+@pytest.mark.parametrize(("beside", "down"), [({}, False), ({"silent": NOW}, True), ({"silent": FAR}, False)])
+def test_a_go_namesakes_keepalive_becomes_the_mirror_and_says_what_is_known_of_it(
+    beside: Document, down: bool
+) -> None:
+    """Whoever deletes it has Go pods claim the chunks of both: so its end is far, and no `DeletePod` names
+    its instance."""
+    seen = go_keepalive(**beside)
+    after = result(table(seen), needed(seen)).keepalives["amf-1"]
+    assert (after.mirrored, after.expire_at, after.by_go) == (ME, FAR, False)
+    assert after.go_told == Told(GO, down=down)
+    assert (after.go_owner is not None) == (not down)
+    taken = {"_id": "amf-1"} | after.document
+    assert needed(taken, go_chunk()) is None
+    renewed = merge(taken, {"podInstance": GO.instance, "expireAt": FAR})
+    assert needed(renewed) is not None
 
 
 def test_an_end_that_is_no_date_is_put_off() -> None:
@@ -108,35 +109,37 @@ def test_an_end_that_is_no_date_is_put_off() -> None:
         assert needed(go_keepalive(odd)) is not None
 
 
-def test_a_session_that_has_only_begun_puts_off_what_a_go_pod_left_and_no_more() -> None:
+def test_a_session_that_has_only_begun_takes_over_what_a_living_go_pod_left_and_no_more() -> None:
     """It may never live; and an older one of its name may."""
-    assert keepalives.for_namesake(table(), "amf-1", ENDS) is None
-    assert keepalives.for_namesake(table(mirror(expire_at=NOW)), "amf-1", ENDS) is None
-    assert keepalives.for_namesake(table(go_keepalive(silent=NOW)), "amf-1", ENDS) is None
+    assert keepalives.for_namesake(table(), ME, ENDS) is None
+    assert keepalives.for_namesake(table(mirror(expire_at=NOW)), ME, ENDS) is None
+    assert keepalives.for_namesake(table(go_keepalive(silent=NOW)), ME, ENDS) is None
     pool = table(go_keepalive())
-    assert result(pool, keepalives.for_namesake(pool, "amf-1", ENDS)).keepalives["amf-1"].expire_at == FAR
+    taken = result(pool, keepalives.for_namesake(pool, ME, ENDS))
+    assert (taken.keepalives["amf-1"].mirrored, taken.keepalives["amf-1"].expire_at) == (ME, FAR)
+    assert keepalives.for_namesake(taken, NEWER, ENDS) is None
+    assert keepalives.for_namesake(taken, ME, ENDS) is None
+    late = Ends(FAR + timedelta(hours=1), ENDS.least + 3600)
+    assert result(taken, keepalives.for_namesake(taken, ME, late)).keepalives["amf-1"].expire_at > FAR
 
 
-def test_a_pod_is_shown_by_its_own_mirror_or_beside_a_go_pod() -> None:
-    """Not by that of its former life: a late delete of it would still match. Nor by one that is about to be
-    deleted, or that a silent Go pod has left."""
-    late, soon = NOW + timedelta(seconds=keepalives.SOON), NOW + timedelta(seconds=keepalives.SOON - 1)
-    shown = [table(mirror()), table(mirror(expire_at=NOW)), table(go_keepalive(late))]
+def test_a_pod_is_shown_by_its_own_mirror_alone() -> None:
+    """Not by that of its former life: a late delete of it would still match. Nor by a Go pod's: a `DeletePod`
+    may name that."""
+    shown = [table(mirror()), table(mirror(expire_at=NOW))]
     not_shown = [
         table(),
         table(mirror(NEWER)),
         table(mirror(replace(ME, incarnation=1))),
-        table(go_keepalive(soon)),
-        table(go_keepalive(late, silent=late)),
-        table(go_keepalive(None)),
+        table(go_keepalive(FAR)),
+        table(go_keepalive(FAR, silent=FAR)),
     ]
-    seen = [keepalives.shows(pool, ME, NOW.timestamp()) for pool in shown + not_shown]
-    assert seen == [True] * 3 + [False] * 6
+    assert [keepalives.shows(pool, ME) for pool in shown + not_shown] == [True] * 2 + [False] * 5
 
 
 def test_a_mirror_says_no_more_that_a_go_pod_is_down_once_that_has_no_chunks() -> None:
     """The next Go pod of this name is another one, and has chunks before its first keepalive."""
-    taken = mirror() | {"drsm": mirror()["drsm"] | {"silent": {"ip": GO.ip, "instance": "nf-1"}}}
+    taken = mirror() | {"drsm": mirror()["drsm"] | {"go": {"ip": GO.ip, "instance": "nf-1", "down": True}}}
     assert needed(taken, go_chunk()) is None
     after = result(table(taken), needed(taken))
     assert not after.keepalives["amf-1"].go_down
@@ -146,7 +149,7 @@ def test_a_go_pod_that_writes_under_a_mirrors_name_keeps_it_from_being_deleted()
     """It allocates up to five seconds before its first keepalive."""
     assert keepalives.go_writes_under(table(mirror(), go_chunk()), "amf-1")
     assert not keepalives.go_writes_under(table(mirror()), "amf-1")
-    told = mirror() | {"drsm": mirror()["drsm"] | {"silent": {"ip": GO.ip, "instance": "nf-1"}}}
+    told = mirror() | {"drsm": mirror()["drsm"] | {"go": {"ip": GO.ip, "instance": "nf-1", "down": True}}}
     assert keepalives.go_writes_under(table(told, go_chunk()), "amf-1")
     assert not keepalives.is_unknown(table(told, go_chunk()), "amf-1")
     assert keepalives.is_unknown(table(mirror(), go_chunk()), "amf-1")
@@ -176,15 +179,10 @@ def test_of_a_living_pod_no_keepalive_is_of_nobody() -> None:
 
 
 def test_a_silent_go_pods_keepalive_is_overdue_only_when_mongodb_should_have_deleted_it() -> None:
-    """The Go pod lives perhaps, and would claim its own chunks. One whose end we have put off is judged by
-    its own."""
-    pool = table(go_keepalive(NOW, silent=NOW))
-    seen, end = pool.keepalives["amf-1"], NOW.timestamp()
+    """The Go pod lives perhaps, and would claim its own chunks."""
+    seen, end = table(go_keepalive(NOW, silent=NOW)).keepalives["amf-1"], NOW.timestamp()
     late = keepalives.TTL_MONITOR + keepalives.TTL_LATE
-    assert [keepalives.overdue(seen, end + late + by, 1e6) for by in (-1, 0)] == [False, True]
-    pushed = table(go_keepalive(FAR, pushed=FAR, silent=FAR)).keepalives["amf-1"]
-    silences = (keepalives.GO_TTL + late - 1, keepalives.GO_TTL + late)
-    assert [keepalives.overdue(pushed, end, silence) for silence in silences] == [False, True]
+    assert [keepalives.overdue(seen, end + late + by) for by in (-1, 0)] == [False, True]
 
 
 @pytest.mark.parametrize(("allocation", "lag"), [(300.0, 10.0), (2.6, 2.6), (86_000.0, 86_000.0)])

@@ -452,7 +452,7 @@ def test_signs_of_a_go_pods_life_are_its_own_writes() -> None:
     for change in (
         put("amfid", keepalive(GO_POD), 101),
         delta("amfid", "amf-go", 102, {"expireAt": 9}),
-        delta("amfid", "amf-go", 103, {"expireAt": 99, "drsm": {"pushed": 99}}),
+        delta("amfid", "amf-go", 103, {"drsm.other": 99}),
         delta("amfid", "amf-go", 104, {"drsm.silent": 99}),
         delta("amfid", "amf-go", 105, {"expireAt": 10}),
         put("amfid", chunk(1, GO_POD).document, 106),
@@ -810,8 +810,20 @@ class TableAgainstDocuments(RuleBasedStateMachine):
     def note_silence(self, step: int, pool: str, name: str) -> None:
         """The leader says of a keepalive that its Go pod is down; on a mirror, that one without any is."""
         if document := self.documents.get((pool, name)):
-            silent = ADDRESSES[name] if _ours(document) else document["expireAt"]
-            self._update(step, pool, name, drsm=document.get("drsm", {}) | {"silent": silent})
+            down = ADDRESSES[name] | {"down": True}
+            said = {"go": down} if _ours(document) else {"silent": document["expireAt"]}
+            self._update(step, pool, name, drsm=document.get("drsm", {}) | said)
+
+    @rule(step=_STEP, pool=_POOL, owner=st.sampled_from(_SDK))
+    def take_over(self, step: int, pool: str, owner: Owner) -> None:
+        """A Go pod's keepalive becomes the mirror of an SDK pod, and says that the Go pod lives."""
+        document = self.documents.get((pool, owner.name))
+        if document and not _ours(document):
+            go = {"ip": document["podIp"], "instance": document["podInstance"]}
+            down = document.get("drsm", {}).get("silent") == document["expireAt"]
+            fields = keepalive(owner, mirror=True)
+            fields["drsm"] |= {"go": go | {"down": down}}
+            self._update(step, pool, owner.name, **{k: v for k, v in fields.items() if k != "_id"})
 
     @rule(step=_STEP, pool=_POOL, owner=st.sampled_from(_GO))
     def stand_in(self, step: int, pool: str, owner: Owner) -> None:
@@ -925,10 +937,14 @@ class TableAgainstDocuments(RuleBasedStateMachine):
             if space == SESSIONS and document["state"] == "live" and pool in document["pools"]:
                 owner = Owner(document["pod"], document["ip"], document["instance"], document["incarnation"])
                 living[owner.key] = owner
-            go = space == pool and document["type"] == "keepalive" and not _ours(document)
-            if go and document.get("drsm", {}).get("silent") != document["expireAt"]:
-                fields = (document["podId"], document["podIp"], document["podInstance"])
-                living[document["podId"], 0] = Owner(*fields, 0)
+            if space != pool or document["type"] != "keepalive":
+                continue
+            drsm, name = document.get("drsm", {}), document["podId"]
+            told = drsm.get("go", {"down": True}) if _ours(document) else None
+            if told and not told["down"] and drsm["incarnation"]:
+                living[name, 0] = Owner(name, told["ip"], told["instance"], 0)
+            elif told is None and drsm.get("silent") != document["expireAt"]:
+                living[name, 0] = Owner(name, document["podIp"], document["podInstance"], 0)
         return living
 
     def _told_down(self, pool: str) -> dict[tuple[str, int], Owner]:
@@ -942,8 +958,8 @@ class TableAgainstDocuments(RuleBasedStateMachine):
                     down[name, 0] = Owner(name, document["podIp"], document["podInstance"], 0)
             elif drsm["incarnation"] == 0:
                 down[name, 0] = Owner(name, drsm["ip"], drsm["instance"], 0)
-            elif isinstance(drsm.get("silent"), dict):
-                down[name, 0] = Owner(name, drsm["silent"]["ip"], drsm["silent"]["instance"], 0)
+            elif drsm.get("go", {}).get("down"):
+                down[name, 0] = Owner(name, drsm["go"]["ip"], drsm["go"]["instance"], 0)
         return down
 
     @invariant()

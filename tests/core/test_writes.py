@@ -350,8 +350,8 @@ NEWER = replace(ME, incarnation=ME.incarnation + 1)
 OF_A_MIRROR: list[w.Update | w.Delete] = [
     w.prolong_keepalive("amfid", read(MIRROR), 99),
     w.take_over_keepalive("amfid", read(MIRROR), NEWER, 99),
-    w.note_go_down("amfid", read(MIRROR), GO_POD),
-    w.delete_keepalive("amfid", "amf-1", read(MIRROR)),
+    w.note_silence("amfid", read(MIRROR), GO_POD),
+    w.delete_keepalive("amfid", read(MIRROR)),
 ]
 
 
@@ -374,10 +374,9 @@ def test_a_mirror_is_touched_only_as_it_was_seen(write: w.Update | w.Delete) -> 
 @pytest.mark.parametrize(
     "write",
     [
-        w.push_keepalive("amfid", "amf-1", read(GO_KEEPALIVE), 99),
-        w.note_silence("amfid", "amf-1", read(GO_KEEPALIVE)),
+        w.note_silence("amfid", read(GO_KEEPALIVE), GO_POD),
         w.take_over_keepalive("amfid", read(GO_KEEPALIVE), ME, 99),
-        w.delete_keepalive("amfid", "amf-1", read(GO_KEEPALIVE)),
+        w.delete_keepalive("amfid", read(GO_KEEPALIVE)),
     ],
 )
 def test_a_go_pods_keepalive_is_touched_only_as_it_was_seen(write: w.Update | w.Delete) -> None:
@@ -390,37 +389,43 @@ def test_a_go_pods_keepalive_is_touched_only_as_it_was_seen(write: w.Update | w.
 def test_a_guard_takes_what_is_missing_as_missing() -> None:
     """The original wrote fewer fields once."""
     bare = {name: value for name, value in GO_KEEPALIVE.items() if name not in {"podInstance", "expireAt"}}
-    write = w.delete_keepalive("amfid", "amf-1", read(bare))
+    write = w.delete_keepalive("amfid", read(bare))
     assert matches(write.where, bare) is True
     assert matches(write.where, GO_KEEPALIVE) is False
 
 
-def test_a_pushed_keepalive_stays_the_go_pods_until_it_renews() -> None:
-    """Only its end is another, and said to be ours; of Go's fields nothing changes."""
-    write = w.push_keepalive("amfid", "amf-1", read(GO_KEEPALIVE), 99)
-    assert write.set == {"expireAt": 99, "drsm": {"pushed": 99}}
-    pushed = read(merge(GO_KEEPALIVE, write.set))
-    assert not pushed.by_go
-    assert not pushed.go_down
-    assert read(merge(pushed.document | {"_id": "amf-1"}, {"expireAt": 120})).by_go
+def test_a_mirror_beside_a_go_pod_is_the_go_pods_keepalive_again_once_it_renews() -> None:
+    """Until then it says that the Go pod lives; no `DeletePod` of its instance finds it."""
+    write = w.take_over_keepalive("amfid", read(GO_KEEPALIVE), ME, 99)
+    assert write.set["podInstance"] == f"drsm:amf-1:{ME.incarnation}"
+    taken = read(merge(GO_KEEPALIVE, write.set))
+    assert (taken.mirrored, taken.expire_at, taken.go_down) == (ME, 99, False)
+    assert taken.go_owner == replace(ME, incarnation=0)
+    renewed = read(merge(taken.document | {"_id": "amf-1"}, GO | {"expireAt": 120}))
+    assert (renewed.by_go, renewed.go_owner) == (True, replace(ME, incarnation=0))
 
 
 def test_a_silent_go_pods_keepalive_is_its_own_until_it_renews() -> None:
     """What says that it is down names the end that stood unchanged."""
-    silent = merge(GO_KEEPALIVE, w.note_silence("amfid", "amf-1", read(GO_KEEPALIVE)).set)
+    silent = merge(GO_KEEPALIVE, w.note_silence("amfid", read(GO_KEEPALIVE), GO_POD).set)
     assert read(silent).go_down
     assert not read(merge(silent, {"expireAt": 40})).go_down
 
 
 def test_a_mirror_that_was_a_go_pods_keepalive_says_that_it_is_down() -> None:
-    """Its chunks are about to be claimed; and nothing else says so any more."""
-    taken = read(merge(GO_KEEPALIVE, w.take_over_keepalive("amfid", read(GO_KEEPALIVE), ME, 99).set))
-    assert (taken.mirrored, taken.expire_at) == (ME, 99)
-    assert taken.go_told == Told(replace(ME, incarnation=0), down=True)
+    """Its chunks are about to be claimed; and nothing else says so any more. So does the mirror that a later
+    incarnation makes of it."""
+    silent = merge(GO_KEEPALIVE, w.note_silence("amfid", read(GO_KEEPALIVE), GO_POD).set)
+    taken = read(merge(silent, w.take_over_keepalive("amfid", read(silent), ME, 99).set))
+    told = Told(replace(ME, incarnation=0), down=True)
+    assert (taken.mirrored, taken.expire_at, taken.go_told) == (ME, 99, told)
     said = read(merge(taken.document, w.prolong_keepalive("amfid", taken, 199).set) | {"_id": "amf-1"})
-    assert (said.expire_at, said.go_down) == (199, True)
-    write = w.prolong_keepalive("amfid", taken, 199, keep_silent=False)
-    assert not read(merge(taken.document, write.set) | {"_id": "amf-1"}).go_down
+    assert (said.expire_at, said.go_told) == (199, told)
+    write = w.take_over_keepalive("amfid", said, NEWER, 299)
+    newer = read(merge(said.document, write.set) | {"_id": "amf-1"})
+    assert (newer.mirrored, newer.go_told) == (NEWER, told)
+    write = w.forget_go("amfid", newer, NEWER)
+    assert not read(merge(newer.document, write.set) | {"_id": "amf-1"}).go_down
 
 
 # --- The lead, the position, the stamp ------------------------------------------------------------

@@ -172,9 +172,10 @@ async def test_a_name_that_a_go_pod_left_passes_to_the_sdk_pod_without_a_delete(
                 assert await pool.allocate(timeout=SEEN_SECONDS)
                 pushed = await documents.find_one({"_id": "amf-2"})
                 assert pushed is not None
-                assert pushed["podInstance"] == "nf"  # nobody knows yet that the Go pod is gone
-                assert pushed["drsm"]["pushed"] == pushed["expireAt"]
-                await seen(documents, "amf-2", mirrored)
+                assert mirrored(pushed)  # so that no `DeletePod` of the Go pod's instance finds it
+                told = {"ip": "10.0.0.9", "instance": "nf"}
+                assert pushed["drsm"]["go"] == told | {"down": False}  # nobody knows yet that it is gone
+                await seen(documents, "amf-2", lambda d: d["drsm"].get("go") == told | {"down": True})
                 claimed = await chunk(documents, 700, lambda d: "drsm" in d)
                 assert (claimed["podId"], claimed["podIp"]) == ("amf-2", "10.0.0.1")
                 assert claimed["drsm"]["go_owners"] == ["amf-2"]

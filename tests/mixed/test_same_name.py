@@ -42,6 +42,28 @@ async def test_an_sdk_pod_that_takes_over_a_go_pods_name_keeps_its_chunks_and_ge
     await fleet.known_to(peer, old + ids, {"amf-2"})
 
 
+async def test_delete_pod_of_the_go_pod_that_had_the_name_does_nothing_to_the_sdk_pod(fleet: Fleet) -> None:
+    """An AMF calls it once the NRF tells it that the instance is down, which is when the SDK pod has taken
+    the name over; the Go pod is still told to live then."""
+    await fleet.agent(**PATIENT)
+    record = await fleet.record()
+    peer = await fleet.go("amf-1")
+    former = await fleet.go("amf-2", instance="nf-2")
+    await former.allocate(1500)
+    await fleet.renewed(former)
+    await former.kill()
+    pod = await fleet.sdk("amf-2", instance="nf-2")
+    ids = await pod.allocate(500)
+    incarnation = pod.drsm.incarnation
+    assert (await fleet.keepalive("amf-2"))["drsm"]["go"]["down"] is False
+    await peer.delete_pod("nf-2")
+    await fleet.known_to(peer, ids, {"amf-2"})
+    assert (await fleet.keepalive("amf-2"))["podInstance"] == f"drsm:amf-2:{incarnation}"
+    assert record.deletes("amf-2") == []
+    assert {owner for owners in record.claims().values() for owner in owners} <= {"amf-2"}
+    assert (pod.drsm.incarnation, pod.of(SessionLost, Lost)) == (incarnation, [])
+
+
 async def test_a_go_pod_and_an_sdk_pod_of_one_name_both_keep_what_they_have_and_the_log_says_what_to_do(
     fleet: Fleet,
 ) -> None:

@@ -164,8 +164,21 @@ def _whatever_the_grant(chunk: Any) -> Document:
     return _without(_chunk_guard(chunk), "drsm.grant")
 
 
-def _keepalive_of_the_name(key: str, seen: Any) -> Document:
-    return _without(_keepalive_guard(key, seen), "podInstance", "expireAt")
+def _keepalive_of_the_name(seen: Any) -> Document:
+    return _without(_keepalive_guard(seen), "podInstance", "expireAt")
+
+
+_for_living, _take_over = keepalives.for_living, writes.take_over_keepalive
+
+
+def _left_to_the_go_pod(pool: Any, owner: Any, ends: Any) -> Any:
+    seen = pool.keepalives.get(owner.name)
+    return None if seen and seen.by_go and not seen.go_down else _for_living(pool, owner, ends)
+
+
+def _only_put_off(pool: str, seen: Any, owner: Any, expire_at: Any) -> writes.Update:
+    write = _take_over(pool, seen, owner, expire_at)
+    return replace(write, set={"expireAt": expire_at}) if seen.by_go and not seen.go_down else write
 
 
 _wanted, _new_session, _numbers = allocations._Wanted, Sessions._new_session, itertools.count()
@@ -315,10 +328,21 @@ def _go_pods_that_say_nothing(self: Reaper, pool: Any, former: Any) -> bool:
 
 BESIDE_GO: tuple[Ablation, ...] = (
     Ablation(
-        "a Go namesake's keepalive is not put off",
+        "a Go namesake's keepalive is not taken over",
         "F1",
         MIGRATION,
-        ((keepalives, "for_namesake", lambda *_: None),),
+        (
+            (keepalives, "for_namesake", lambda *_: None),
+            (keepalives, "for_living", _left_to_the_go_pod),
+            (Mirrors, "may_receive", lambda *_: True),
+        ),
+        hint=1,
+    ),
+    Ablation(
+        "a Go namesake's keepalive is put off and keeps its instance",
+        "F7",
+        MIGRATION,
+        ((writes, "take_over_keepalive", _only_put_off), (Mirrors, "may_receive", lambda *_: True)),
         hint=4,
     ),
     Ablation(
@@ -329,14 +353,14 @@ BESIDE_GO: tuple[Ablation, ...] = (
             (documents, "our_instance", lambda owner: owner.instance),
             (writes, "our_instance", lambda owner: owner.instance),
         ),
-        hint=4,
+        hint=15,
     ),
     Ablation(
         "the guard of a keepalive looks at its name alone",
         "F2",
         LATE_DELETES,
         ((writes, "_keepalive_guard", _keepalive_of_the_name),),
-        hint=1,
+        hint=23,
     ),
     Ablation(
         "no keepalive before the first grant",
@@ -357,7 +381,7 @@ BESIDE_GO: tuple[Ablation, ...] = (
         "F2",
         ROLLBACK,
         ((keepalives, "go_writes_under", lambda *_: False),),
-        hint=3,
+        hint=24,
     ),
     Ablation(
         "a mirror stays as long as chunks name it",
@@ -371,17 +395,17 @@ BESIDE_GO: tuple[Ablation, ...] = (
         "F6",
         STANDSTILLS,
         ((writes, "_came_from", _nothing),),
-        hint=4,
+        hint=0,
     ),
     Ablation(
-        "no hold for a Go pod's chunk", "F6", STANDSTILLS, ((reaper, "hold_ms", _without_go_hold),), hint=4
+        "no hold for a Go pod's chunk", "F6", STANDSTILLS, ((reaper, "hold_ms", _without_go_hold),), hint=0
     ),
     Ablation(
         "a Go pod that comes back finds its chunks taken",
         "F6",
         STANDSTILLS,
         ((GoPods, "_move_back", _nothing),),
-        hint=10,
+        hint=17,
     ),
     Ablation(
         "numbers as without Go pods", "F3", CROWDED, ((Allocations, "_numbers", _numbers_alone),), hint=22
@@ -413,7 +437,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "4",
         SHRINKING,
         ((reaper, "hold_ms", _as_promised_today),),
-        hint=0,
+        hint=14,
     ),
     Ablation(
         "a renewal that promises more does not record it",
@@ -427,34 +451,34 @@ ABLATIONS: tuple[Ablation, ...] = (
         "G1",
         RETURNING,
         ((Restorer, "may_issue", lambda *_, **__: True),),
-        hint=17,
+        hint=2,
     ),
     Ablation(
         "grants go on at once after a restore",
         "G1",
         RESTORES,
         ((Grants, "allowed", lambda _: True),),
-        hint=31,
+        hint=0,
     ),
     Ablation(
-        "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=159
+        "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=67
     ),
     Ablation(
         "a mark is forgotten when its owner closes",
         "4",
         INHERITANCE,
         ((reaper, "hold_ms", _unmarked_when_closed),),
-        hint=0,
+        hint=1,
     ),
     Ablation(
         "a release during the hold counts",
         "5",
         INHERITANCE,
         ((Stock, "_release_closed", _release_counts_at_once),),
-        hint=21,
+        hint=7,
     ),
     Ablation(
-        "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=4
+        "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=1
     ),
     Ablation(
         "the holder's durations are not shortened",
@@ -475,29 +499,29 @@ ABLATIONS: tuple[Ablation, ...] = (
     ),
     Ablation("a leader speaks without a lead", "R2", LEADERS, ((Lead, "check", _no_check),), hint=0),
     Ablation(
-        "no grace after a change of leader", "R6", LEADERS, ((Leader, "_full_leases", _no_grace),), hint=10
+        "no grace after a change of leader", "R6", LEADERS, ((Leader, "_full_leases", _no_grace),), hint=18
     ),
     Ablation(
         "a death is written whatever the term",
         "R5",
         LATE_DEATHS,
         ((writes, "end_session", _death_without_term),),
-        hint=173,
+        hint=327,
     ),
-    Ablation("no stamp before answering", "R5", LATE_DEATHS, ((Leader, "_stamp", _no_stamp),), hint=4),
+    Ablation("no stamp before answering", "R5", LATE_DEATHS, ((Leader, "_stamp", _no_stamp),), hint=58),
     Ablation(
         "answers before the table has passed the stamp",
         "R6",
         LAGGING,
         ((Leader, "_stamp", _no_barrier),),
-        hint=0,
+        hint=3,
     ),
     Ablation(
         "a renewal counts after death was decided",
         "R2",
         LATE_WRITES,
         ((LivenessLeases, "extend", _renewed_all_the_same), (Sessions, "session", _whatever_was_decided)),
-        hint=49,
+        hint=24,
     ),
     Ablation("no hold", "4", PARTITIONS, ((reaper, "hold_ms", lambda *_: 0),), hint=2),
     Ablation("events are not confirmed", "G4", RECONNECTS, ((Relay, "_delivered", _unconfirmed),), hint=8),
@@ -516,7 +540,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "G2",
         LATE_CLAIMS,
         ((writes, "_chunk_guard", _pod_as_seen),),
-        hint=2,
+        hint=0,
     ),
     Ablation(
         "guards do not look at the grant",
@@ -530,7 +554,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "death in steps",
         ABSENCES,
         ((writes, "_keepalive_guard", _keepalive_of_the_name),),
-        hint=1,
+        hint=2,
     ),
     Ablation(
         "a pod takes events of its name for its own",
@@ -544,7 +568,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "repeats",
         LOSSES,
         ((allocations, "_Wanted", _wanted_anew),),
-        hint=8,
+        hint=12,
     ),
     Ablation(
         "a repeated open is a new one", "repeats", LOSSES, ((Sessions, "_new_session", _opened_anew),), hint=3
@@ -554,9 +578,9 @@ ABLATIONS: tuple[Ablation, ...] = (
         "R6",
         LEADERS,
         ((Relay, "publish_log", _taken_for_published),),
-        hint=8,
+        hint=6,
     ),
-    Ablation("answers before the event is out", "G4", RESTLESS, ((Relay, "caught_up", _at_once),), hint=4),
+    Ablation("answers before the event is out", "G4", RESTLESS, ((Relay, "caught_up", _at_once),), hint=1),
     Ablation(
         "a number that was given back is not granted again",
         "G3",

@@ -36,11 +36,9 @@ REWATCH = 5 / SCALE
 PATIENCE = 30 / SCALE
 """Seconds until the driver gives up an operation for which there is no primary."""
 SCALED: tuple[tuple[ModuleType, str, float], ...] = (
-    (keepalives, "GO_TTL", keepalives.GO_TTL / SCALE),
     (keepalives, "GO_SILENCE", keepalives.GO_SILENCE / SCALE),
     (keepalives, "TTL_MONITOR", keepalives.TTL_MONITOR / SCALE),
     (keepalives, "TTL_LATE", keepalives.TTL_LATE / SCALE),
-    (keepalives, "SOON", keepalives.SOON / SCALE),
     (go_pods, "SETTLES", go_pods.SETTLES / SCALE),
     (mirrors, "SETTLES", mirrors.SETTLES / SCALE),
     (mirrors, "CHECK_INTERVAL", mirrors.CHECK_INTERVAL / SCALE),

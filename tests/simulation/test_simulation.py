@@ -25,7 +25,7 @@ SEEDS = 300
 SEEDS_OF_A_PROFILE = 2
 SEEDS_OF_WRONG_CLOCKS = 8
 """Enough for some pods to be declared dead while they count on their lease, and to hear of it in time."""
-ABLATION_SEEDS = 300
+ABLATION_SEEDS = 600
 """A safeguard that is missing shows within so many seeds; most of them within twenty."""
 BUSY_SECONDS = 1200.0
 """Bound against hanging: all seeds take six minutes on two processors that have three times as much to do."""

@@ -14,6 +14,7 @@ from drsm_agent.core.documents import (
     Chunk,
     Document,
     Keepalive,
+    Told,
     read_chunk,
     read_keepalive,
     read_session,
@@ -289,15 +290,15 @@ async def test_a_mirror_is_inserted_prolonged_and_deleted(store: AnyStore) -> No
     assert await only(store, writes.prolong_keepalive(POOL, first, LATER)) == 1
     assert await only(store, writes.prolong_keepalive(POOL, first, LATER)) == 0
     assert (await _keepalive(store)).expire_at == LATER
-    assert await only(store, writes.delete_keepalive(POOL, POD.name, first)) == 0
-    assert await only(store, writes.delete_keepalive(POOL, POD.name, await _keepalive(store))) == 1
+    assert await only(store, writes.delete_keepalive(POOL, first)) == 0
+    assert await only(store, writes.delete_keepalive(POOL, await _keepalive(store))) == 1
 
 
 async def test_a_renewal_does_not_bring_a_mirror_back(store: AnyStore) -> None:
     """Updated, never upserted."""
     await store.write([writes.mirror_keepalive(POOL, POD, SOON)])
     seen = await _keepalive(store)
-    await store.write([writes.delete_keepalive(POOL, POD.name, seen)])
+    await store.write([writes.delete_keepalive(POOL, seen)])
     assert await only(store, writes.prolong_keepalive(POOL, seen, LATER)) == 0
     assert await store.read(POOL) == []
 
@@ -308,29 +309,31 @@ async def test_the_mirror_of_another_incarnation_is_left_alone(store: AnyStore) 
     await store.write([writes.mirror_keepalive(POOL, former, SOON)])
     seen = await _keepalive(store)
     assert await only(store, writes.take_over_keepalive(POOL, seen, POD, SOON)) == 1
-    assert await only(store, writes.delete_keepalive(POOL, former.name, seen)) == 0
+    assert await only(store, writes.delete_keepalive(POOL, seen)) == 0
     assert await only(store, writes.prolong_keepalive(POOL, seen, LATER)) == 0
     assert (await _keepalive(store)).mirrored == POD
 
 
-async def test_a_go_pods_keepalive_is_put_off_and_taken_over_unless_it_renews(store: AnyStore) -> None:
+async def test_a_go_pods_keepalive_is_taken_over_and_its_own_again_once_it_renews(store: AnyStore) -> None:
     """As it was seen, on a real database too: a renewal of the original's wins, with or without `drsm`."""
     go = {"type": "keepalive", "podId": POD.name, "podIp": POD.ip, "podInstance": POD.instance}
     await put(store, POOL, {"_id": POD.name} | go | {"expireAt": SOON})
-    seen = await _keepalive(store)
-    assert await only(store, writes.push_keepalive(POOL, POD.name, seen, LATER)) == 1
-    pushed = await _keepalive(store)
-    assert (pushed.by_go, pushed.expire_at, pushed.pushed) == (False, LATER, LATER)
+    seen, owner = await _keepalive(store), replace(POD, incarnation=0)
+    assert await only(store, writes.take_over_keepalive(POOL, seen, POD, LATER)) == 1
+    taken = await _keepalive(store)
+    assert (taken.mirrored, taken.expire_at, taken.go) == (POD, LATER, Told(owner, down=False))
     renewed = LATER + timedelta(seconds=1)
-    await store.write([setting(POOL, POD.name, expireAt=renewed)])
-    assert await only(store, writes.take_over_keepalive(POOL, pushed, POD, LATER)) == 0
-    assert await only(store, writes.note_silence(POOL, POD.name, pushed)) == 0
+    await store.write([setting(POOL, POD.name, expireAt=renewed, podInstance=POD.instance)])
+    assert await only(store, writes.prolong_keepalive(POOL, taken, LATER)) == 0
+    assert await only(store, writes.note_silence(POOL, taken, owner)) == 0
+    assert await only(store, writes.delete_keepalive(POOL, taken)) == 0
     seen = await _keepalive(store)
     assert seen.by_go
-    assert await only(store, writes.note_silence(POOL, POD.name, seen)) == 1
+    assert await only(store, writes.note_silence(POOL, seen, owner)) == 1
     assert (await _keepalive(store)).go_down
-    assert await only(store, writes.take_over_keepalive(POOL, seen, POD, LATER)) == 1
-    assert (await _keepalive(store)).mirrored == POD
+    assert await only(store, writes.take_over_keepalive(POOL, await _keepalive(store), POD, LATER)) == 1
+    taken = await _keepalive(store)
+    assert (taken.mirrored, taken.go) == (POD, Told(owner, down=True))
 
 
 async def test_a_chunk_without_all_of_gos_fields_is_claimed_as_it_was_seen(store: AnyStore) -> None:
