@@ -50,6 +50,12 @@ def _build(program: Path) -> None:
         raise OriginalFailed(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
 
 
+ONE_AT_A_TIME = {"GOMAXPROCS": "1"}
+"""The module writes maps without a lock from several goroutines, as when it claims two chunks at once, and
+Go's runtime ends a process in which two do so at the same moment. That is known (docs/migration.md), and no
+test is about it."""
+
+
 class OriginalFailed(Exception):
     """It could not be built, or ended, or did not answer in time, or refused a command."""
 
@@ -99,7 +105,7 @@ class GoPod:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=errors,
                 limit=LINE_MAX,
-                env={**os.environ, **environment},
+                env={**os.environ, **ONE_AT_A_TIME, **environment},
                 start_new_session=True,
             )
         pod = cls(Seen(name, ip, instance), process, log, ledger)
