@@ -4,6 +4,7 @@ Liveness is the event loop only, never a dependency: a restart repairs no databa
 connected and fresh, whether leading or standing by.
 """
 
+import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Protocol
@@ -13,6 +14,10 @@ from prometheus_client import exposition
 
 from drsm_agent.errors import Misconfigured
 from drsm_agent.metrics import Metrics
+
+ANY_IPV4 = "0.0.0.0"  # noqa: S104  # all addresses are what is meant
+NO_IPV6 = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
+"""What a kernel says whose IPv6 is turned off."""
 
 
 class Observed(Protocol):
@@ -29,7 +34,8 @@ class Observed(Protocol):
 
 @asynccontextmanager
 async def serving(host: str, port: int, agent: Observed) -> AsyncIterator[int]:
-    """Serve until the block is left; gives the port. Raises Misconfigured when it is taken."""
+    """Serve until the block is left, on all addresses if `host` is empty; gives the port. Raises
+    Misconfigured when it is taken."""
 
     async def livez(_: web.Request) -> web.Response:
         return web.Response(text="alive\n")
@@ -50,11 +56,18 @@ async def serving(host: str, port: int, agent: Observed) -> AsyncIterator[int]:
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, host, port)
-        try:
-            await site.start()
-        except OSError as error:
-            raise Misconfigured(f"DRSM_HTTP_PORT: cannot listen on {host}:{port}: {error.strerror}") from None
+        await _listen(runner, host, port)
         yield int(runner.addresses[0][1])
     finally:
         await runner.cleanup()
+
+
+async def _listen(runner: web.AppRunner, host: str, port: int) -> None:
+    try:
+        await web.TCPSite(runner, host or None, port).start()
+    except OSError as error:
+        if not host and error.errno in NO_IPV6:
+            await _listen(runner, ANY_IPV4, port)
+            return
+        where = f"{host or '*'}:{port}"
+        raise Misconfigured(f"DRSM_HTTP_PORT: cannot listen on {where}: {error.strerror}") from None

@@ -8,6 +8,8 @@ import json
 import os
 import re
 from functools import cached_property
+from ipaddress import ip_network
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +48,7 @@ REVISION_MAX = 2**31 - 1
 """As with Kubernetes; a larger one could not be stored, or not be raised any more."""
 DATABASE_NAME = "[A-Za-z0-9_-]{1,63}"
 """As MongoDB takes it on every system; with any other name an agent would wait for it without end."""
+ADDRESS_DOMAIN_MAX = 64
 POOLS_EXAMPLE = '[{"name": "amfid", "bits": 24}]'
 
 
@@ -74,19 +77,21 @@ class SpaceSettings(BaseModel):
 
 
 class PoolSettings(SpaceSettings):
-    """One pool: the fields of its definition, and the database that holds its collection."""
+    """One pool: the fields of its definition, the database that holds its collection, and the name of the
+    network in which its addresses are unique."""
 
     usage_lag_ms: int = Field(10_000, ge=0)
     quarantine_ms: int = Field(0, ge=0, le=QUARANTINE_MS_MAX)
     unscanned: str = "keep"
     revision: int = Field(1, le=REVISION_MAX)
     database: str = Field("", pattern=f"^({DATABASE_NAME})?$")
+    address_domain: str = Field("", max_length=ADDRESS_DOMAIN_MAX)
     spaces: tuple[SpaceSettings, ...] = ()
 
     @cached_property
     def definition(self) -> Definition:
         spaces = tuple(Space(**space.given()) for space in self.spaces)
-        return Definition(**self.given(exclude={"database", "spaces"}), spaces=spaces)
+        return Definition(**self.given(exclude={"address_domain", "database", "spaces"}), spaces=spaces)
 
     @model_validator(mode="after")
     def _is_a_definition(self) -> "PoolSettings":
@@ -127,7 +132,9 @@ class Settings(BaseSettings):
     """Raise it to change a stored `L`, `A` or `T`, the subject prefix, or which pools there are."""
 
     agent_id: str = Field("", validation_alias=AliasChoices("DRSM_AGENT_ID", "HOSTNAME", "agent_id"))
-    http_host: str = "0.0.0.0"  # noqa: S104  # probes come from the node, not from the pod
+    http_host: str = ""
+    """Where HTTP is served; if empty, on all addresses, IPv4 and IPv6: probes come from the node, by the
+    pod's address."""
     http_port: int = Field(8080, ge=0, le=65535)
     """`/livez`, `/readyz`, `/metrics`; 0 serves none."""
     log_format: Literal["console", "json"] = "console"
@@ -177,6 +184,7 @@ class Settings(BaseSettings):
             raise ValueError(f"pools: each name once, found twice: {', '.join(doubles)}")
         for pool in self.pools:
             check_usage_lag(pool.name, pool.usage_lag_ms / 1000, leases.allocation)
+        _check_apart(self.pools)
         return self
 
     @property
@@ -205,6 +213,24 @@ class Settings(BaseSettings):
     def databases(self) -> dict[str, str]:
         """The database of each pool's collection."""
         return {pool.name: pool.database or self.mongo_database for pool in self.pools}
+
+
+def _check_apart(pools: list[PoolSettings]) -> None:
+    """Raises ValueError when two ranges of one address domain have an address in common: it would be issued
+    twice."""
+    ranges = sorted(
+        (pool.address_domain, network.version, int(network[0]), -network.num_addresses, pool.name, network)
+        for pool in pools
+        for space in (pool, *pool.spaces)
+        for network in map(ip_network, space.ranges)
+    )
+    for (domain, version, *_, former, wide), (again, same, *_, pool, network) in pairwise(ranges):
+        if (domain, version) == (again, same) and network.overlaps(wide):
+            raise ValueError(
+                f"pools: expected ranges without an address in common, found {wide} of {former} and "
+                f"{network} of {pool}, so that addresses would be issued twice; change a range, or, if the "
+                "pools are for networks that do not meet, give them an `address_domain` each"
+            )
 
 
 def load(**overrides: Any) -> Settings:

@@ -28,6 +28,7 @@ from drsm_sdk.ambient import Backoff, Chance
 from drsm_sdk.errors import BadRequest
 from drsm_sdk.tasks import Tasks
 from drsm_sdk.transport import Callback, Message, NoAnswer, NoResponders, NotConnected, TooLarge
+from drsm_sdk.wire.server_url import ServerUrl
 
 log = logging.getLogger("drsm_sdk")
 
@@ -49,6 +50,11 @@ class _Client(Client):
     """Goes on reading after a message whose subject, reply subject or headers cannot be read: anybody can
     send one, and nats-py's read loop would end by it, without a word. And sends nothing of a lost connection
     on the next one."""
+
+    def _setup_server_pool(self, connect_url: Any) -> None:
+        super()._setup_server_pool(connect_url)
+        for server in self._server_pool:
+            server.uri = ServerUrl(*server.uri)
 
     def abandon(self) -> None:
         """Let go of the connection and of all that it has not sent. In good order it would be closed only

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Literal, Self
 
 from drsm_sdk.errors import BadRequest
@@ -16,7 +17,7 @@ class Pod:
     """This process as a member of the domain. Raises BadRequest for a name that cannot be one.
 
     name      Kubernetes pod name (DNS-1123); two living pods must not share one
-    ip        where the load balancer reaches it, as text
+    ip        where the load balancer reaches it: one IPv4 or IPv6 address, as text
     instance  what the network function calls itself, for example its NF instance id
     """
 
@@ -29,6 +30,18 @@ class Pod:
             PodRef(self.name, self.ip, self.instance)
         except ValueError as error:
             raise BadRequest(str(error)) from None
+        if unresolved := [text for text in (self.ip, self.instance) if "$(" in text]:
+            raise BadRequest(
+                f"expected a pod's address and instance, found {unresolved[0]:.60}, which Kubernetes has not "
+                "resolved; in the manifest, define the variable above the one that names it"
+            )
+        try:
+            ip_address(self.ip)
+        except ValueError:
+            raise BadRequest(
+                f"ip: expected one IPv4 or IPv6 address of the pod, found {self.ip!r:.60}; take status.podIP "
+                "(downward API), of a dual-stack pod the address by which the load balancer reaches it"
+            ) from None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:

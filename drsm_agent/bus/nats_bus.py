@@ -32,6 +32,7 @@ from drsm_agent import cancellation
 from drsm_agent.errors import BusUnavailable, Forbidden, Misconfigured, TooLarge
 from drsm_agent.ports import Handler, Incoming
 from drsm_sdk.wire.messages import SUMMARY_HEADER
+from drsm_sdk.wire.server_url import ServerUrl
 
 PING_INTERVAL = 2
 PINGS_UNANSWERED_MAX = 2
@@ -67,6 +68,11 @@ class _Client(Client):
                 "enable TLS on the server (wss:// instead of ws://), or take DRSM_NATS_TLS_* and tls:// away"
             )
         await super()._process_info(info, initial_connection)
+
+    def _setup_server_pool(self, connect_url: Any) -> None:
+        super()._setup_server_pool(connect_url)
+        for server in self._server_pool:
+            server.uri = ServerUrl(*server.uri)
 
     def abandon(self) -> None:
         """Let go of the connection and of all that it has not sent. In good order it would be closed only

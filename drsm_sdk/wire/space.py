@@ -35,6 +35,8 @@ CHUNK_NUMBER_BITS_MAX = 63
 FIFO, RANDOM, SPREAD = "fifo", "random", "spread"
 
 WIDTH = {IPV4: 32, IPV6: 128}
+MAPPED_BITS = WIDTH[IPV6] - WIDTH[IPV4]
+"""Before the IPv4 address in an IPv4-mapped IPv6 address."""
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 Item = Any
@@ -331,10 +333,13 @@ class Space:
         """The address, or a prefix's first address, as an integer."""
         if isinstance(item, str):
             try:
-                item = ip_network(item) if "/" in item else ip_address(item)
+                text = item.strip()
+                item = ip_network(text, strict=False) if "/" in text else ip_address(text)
             except ValueError:
                 raise ValueError(f"expected an {self.kind} address, found text that is none") from None
         v4 = self.kind == IPV4
+        if v4 and not isinstance(item, IPv4Address):
+            item = _as_ipv4(item)
         if isinstance(item, IPv4Network if v4 else IPv6Network) and item.prefixlen >= self.prefix:
             item = item.network_address
         if not isinstance(item, IPv4Address if v4 else IPv6Address):
@@ -359,6 +364,17 @@ class Space:
     @property
     def _called(self) -> str:
         return "space"
+
+
+def _as_ipv4(item: Item) -> Item:
+    """An IPv4-mapped IPv6 address, or a network of such ones, as the IPv4 one that it stands for (RFC 4291,
+    section 2.5.5.2)."""
+    if isinstance(item, IPv6Address) and not item.scope_id:
+        return item.ipv4_mapped or item
+    if isinstance(item, IPv6Network) and item.prefixlen >= MAPPED_BITS:
+        mapped = item.network_address.ipv4_mapped
+        return item if mapped is None else IPv4Network((mapped, item.prefixlen - MAPPED_BITS))
+    return item
 
 
 def merged(intervals: Iterable[Interval]) -> list[Interval]:

@@ -139,7 +139,7 @@ async def test_pods_shows_what_they_own_and_what_they_say_of_their_stock(domain:
         domain.agent(),
         Drsm.connect(
             domain.nats_url,
-            Pod("amf-1", "ip", "i"),
+            Pod("amf-1", "10.0.0.1", "i"),
             prefix=domain.prefix,
             timeout=SEEN_SECONDS,
             clock=clock,

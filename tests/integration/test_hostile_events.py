@@ -173,7 +173,7 @@ async def test_a_term_that_nobody_repeats_does_not_silence_the_agent(domain: Dom
 
 async def test_a_pod_that_heard_of_a_term_that_never_was_goes_on(domain: Domain) -> None:
     """Its renewals are answered all the while; it must come to believe the answers again."""
-    clock, pod = SkippingClock(), Pod("amf-1", "", "")
+    clock, pod = SkippingClock(), Pod("amf-1", "10.0.0.1", "")
     async with (
         requester(domain.nats_url, domain.prefix) as asking,
         domain.agent(**UNHURRIED),
@@ -197,7 +197,7 @@ async def test_a_pod_takes_up_no_chunk_that_its_pool_does_not_have(domain: Domai
     async with (
         requester(domain.nats_url, domain.prefix) as asking,
         domain.agent(**UNHURRIED),
-        Drsm.connect(domain.nats_url, Pod("amf-1", "", ""), prefix=domain.prefix) as drsm,
+        Drsm.connect(domain.nats_url, Pod("amf-1", "10.0.0.1", ""), prefix=domain.prefix) as drsm,
     ):
         pool = await drsm.join(POOL, in_use=lambda first, last: [])
         changes = pool.changes()

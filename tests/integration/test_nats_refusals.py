@@ -18,7 +18,17 @@ from drsm_sdk import AgentUnavailable, Demux, Drsm, Pod, nats_transport, rpc
 from drsm_sdk.nats_transport import NatsTransport
 from drsm_sdk.transport import NotConnected
 from tests.fault.link import Link
-from tests.harness import POOL, UNHURRIED, Domain, Requester, eventually, renewing, requester, within
+from tests.harness import (
+    POOL,
+    SEEN_SECONDS,
+    UNHURRIED,
+    Domain,
+    Requester,
+    eventually,
+    renewing,
+    requester,
+    within,
+)
 from tests.integration.test_start import EXIT_FAULT, agent_process
 from tests.nats_credentials import Operator
 from tests.proxy import proxy
@@ -63,6 +73,26 @@ def configured(permissions: str, domain: Domain) -> str:
 async def guarded(domain: Domain, permissions: str) -> AsyncIterator[Guarded]:
     async with Scratch() as scratch:
         yield Guarded(await start_nats_server(scratch, config=configured(permissions, domain)), domain)
+
+
+MORE_THAN_STOCK = 5000
+ENCODED = "authorization { users = [ {user: 'amf@core', password: 'p%41/ss:w@rd'} ] }"
+
+
+async def test_user_and_password_in_a_url_are_percent_encoded_as_in_any_url(domain: Domain) -> None:
+    """For the agent and the SDK, on the first connection and on those after it. A password may have a per
+    cent sign of its own."""
+    async with Scratch() as scratch:
+        server = await start_nats_server(scratch, config=ENCODED)
+        url = server.url.replace("//", "//amf%40core:p%2541%2Fss%3Aw%40rd@")
+        there = Domain(domain.mongo_url, url, domain.database, domain.prefix)
+        amf = Pod("amf-1", "10.0.0.1", "")
+        async with there.agent(), Drsm.connect(url, amf, prefix=domain.prefix) as drsm:
+            pool = await drsm.join(POOL)
+            await server.stop()
+            await server.start()
+            for _ in range(MORE_THAN_STOCK):
+                await pool.allocate(timeout=SEEN_SECONDS)
 
 
 EVERYTHING = ""
@@ -112,7 +142,9 @@ async def test_a_pod_that_may_not_ask_is_told_so(domain: Domain, monkeypatch: py
     """The server says nothing to the one who waits, but it does to the connection."""
     monkeypatch.setattr(rpc, "TRY_TIMEOUT", 0.1)  # connecting may take all but this of the three seconds
     async with guarded(domain, NO_REQUESTS_SENT) as nats, nats.served():
-        pod = Drsm.connect(nats.server.url, Pod("amf-1", "", ""), prefix=domain.prefix, timeout=3, **limited)
+        pod = Drsm.connect(
+            nats.server.url, Pod("amf-1", "10.0.0.1", ""), prefix=domain.prefix, timeout=3, **limited
+        )
         with pytest.raises(AgentUnavailable, match=r"(?i)permissions violation for publish"):
             await pod.__aenter__()
 
@@ -178,7 +210,7 @@ async def test_pods_and_demuxes_go_on_while_their_credentials_are_replaced(
             agent = near.agent(**UNHURRIED, nats_credentials=tmp_path / "agent.creds")
             await entered.enter_async_context(agent)
             operator.write_user(credentials, 8)
-            pod = Drsm.connect(server.url, Pod("amf-1", "", ""), prefix=domain.prefix, **options)
+            pod = Drsm.connect(server.url, Pod("amf-1", "10.0.0.1", ""), prefix=domain.prefix, **options)
             drsm = await entered.enter_async_context(pod)
             connected = Demux.connect(server.url, POOL, prefix=domain.prefix, **options)
             demux = await entered.enter_async_context(connected)

@@ -68,7 +68,7 @@ def near(domain: Domain, nats: NatsServer) -> Domain:
 
 
 def pod_of(near: Domain, timeout: float = STARTED_SECONDS) -> Drsm:
-    return Drsm.connect(near.nats_url, Pod("amf-1", "", ""), prefix=near.prefix, timeout=timeout)
+    return Drsm.connect(near.nats_url, Pod("amf-1", "10.0.0.1", ""), prefix=near.prefix, timeout=timeout)
 
 
 def demux_of(near: Domain) -> Demux:

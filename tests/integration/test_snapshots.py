@@ -63,7 +63,7 @@ async def test_a_snapshot_is_of_one_version_while_all_chunks_change_their_owner(
         asking = await entered.enter_async_context(requester(server.url, domain.prefix))
         unhurried = {"DRSM_LEADER_TTL": str(SEEN_SECONDS), "DRSM_LIVENESS_TTL": str(SEEN_SECONDS)}
         await entered.enter_async_context(agent_process(small, **unhurried))
-        pod = Drsm.connect(server.url, Pod("amf-1", "", ""), prefix=domain.prefix, timeout=60)
+        pod = Drsm.connect(server.url, Pod("amf-1", "10.0.0.1", ""), prefix=domain.prefix, timeout=60)
         await entered.enter_async_context(pod)
         demuxes: list[Demux] = []
         versions: set[m.Version] = {page.version for page in await asking.snapshot()}

@@ -1,12 +1,14 @@
 """How the agent starts, refuses to start, and stops: as a process, with its exit code and what it says."""
 
 import asyncio
+import errno
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -15,6 +17,7 @@ from nats.errors import NoRespondersError
 from drsm_agent import settings
 from drsm_agent.embedded import Scratch, Stack, start_nats_server, start_replica_set, start_standalone
 from drsm_agent.embedded.server import free_port
+from drsm_agent.errors import Misconfigured
 from drsm_agent.settings import SpaceSettings
 from drsm_sdk.wire import messages as m
 from tests.harness import SEEN_SECONDS, Domain, Requester, requester, within
@@ -275,14 +278,71 @@ async def test_sigterm_ends_the_agent_cleanly_and_gives_up_the_lead(domain: Doma
             pass
 
 
-async def test_health_is_served_over_http(domain: Domain, unused_tcp_port: int) -> None:
-    """Alive, ready and measured; 503 is for what is not ready."""
+@pytest.mark.parametrize(
+    ("ranges", "fits"),
+    [
+        ([("", ["10.45.0.0/16"]), ("", ["10.46.0.0/16"])], True),
+        ([("", ["10.45.0.0/16"]), ("", ["10.45.7.0/24"])], False),
+        ([("", ["10.45.7.0/24"]), ("", ["10.44.0.0/24", "10.45.0.0/16"])], False),
+        ([("", ["10.45.0.0/16"]), ("", ["10.45.0.0/16"])], False),
+        ([("", ["10.0.0.0/8"]), ("", ["10.1.0.0/16"]), ("b", ["10.2.0.0/16"]), ("", ["10.9.0.0/16"])], False),
+        ([("internet", ["10.45.0.0/16"]), ("ims", ["10.45.7.0/24"])], True),
+        ([("ims", ["10.45.0.0/16"]), ("ims", ["10.45.7.0/24"])], False),
+    ],
+)
+def test_pools_of_one_network_with_an_address_in_common_are_refused(
+    ranges: list[tuple[str, list[str]]], fits: bool
+) -> None:
+    """Each would issue it. Networks that do not meet, such as two DNNs, may use the same ones."""
+    pools: list[Any] = [
+        {"name": f"ue-{n}", "kind": "ipv4", "address_domain": of, "ranges": given}
+        for n, (of, given) in enumerate(ranges)
+    ]
+    if fits:
+        assert len(settings.load(pools=pools).definitions) == len(pools)
+        return
+    with pytest.raises(Misconfigured, match=r"found 10\.\S+ of ue-\d and 10\.\S+ of ue-\d.*address_domain"):
+        settings.load(pools=pools)
+
+
+def test_spaces_of_one_pool_with_an_address_in_common_are_refused() -> None:
+    """Of IPv6 as of IPv4; a prefix for a subscriber and an address within it are the same addresses."""
+    spaces: Any = [
+        {"name": "pd", "kind": "ipv6", "ranges": ["2001:db8::/48"], "prefix": 64},
+        {"name": "ue", "kind": "ipv6", "ranges": ["2001:db8:0:7::/64"]},
+    ]
+    with pytest.raises(Misconfigured, match=r"2001:db8::/48 of ue and 2001:db8:0:7::/64 of ue"):
+        settings.load(pools=[{"name": "ue", "spaces": spaces}])
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "[::1]"])
+async def test_health_is_served_over_http(domain: Domain, unused_tcp_port: int, address: str) -> None:
+    """Alive, ready and measured; 503 is for what is not ready. By either family of addresses: a probe uses
+    the pod's own."""
     async with domain.agent(http_port=unused_tcp_port) as agent, aiohttp.ClientSession() as http:
-        url = f"http://127.0.0.1:{agent.http_port}"
+        url = f"http://{address}:{agent.http_port}"
         for path, expected in (("livez", "alive"), ("readyz", "ready"), ("metrics", "drsm_leader 1.0")):
             async with http.get(f"{url}/{path}") as answer:
                 assert answer.status == 200
                 assert expected in await answer.text()
+
+
+async def test_where_ipv6_is_turned_off_health_is_served_over_ipv4(
+    domain: Domain, unused_tcp_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel of such a node says."""
+    loop = type(asyncio.get_running_loop())
+    listen = loop.create_server
+
+    async def without_ipv6(itself: Any, factory: Any, host: str | None, *args: Any, **options: Any) -> Any:
+        if host is None:
+            raise OSError(errno.EADDRNOTAVAIL, "cannot assign requested address")
+        return await listen(itself, factory, host, *args, **options)
+
+    monkeypatch.setattr(loop, "create_server", without_ipv6)
+    async with domain.agent(http_port=unused_tcp_port) as agent, aiohttp.ClientSession() as http:
+        async with http.get(f"http://127.0.0.1:{agent.http_port}/livez") as answer:
+            assert answer.status == 200
 
 
 def test_settings_can_come_from_a_toml_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

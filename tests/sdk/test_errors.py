@@ -61,6 +61,22 @@ def test_what_the_environment_lacks_is_named() -> None:
         Pod.from_env({"HOSTNAME": "amf-1"})
 
 
+@pytest.mark.parametrize(
+    "ip", ["", "$(POD_IP)", "10.0.0.1,2001:db8::1", "10.0.0.1 fd00::1", "amf-1", "10.0.0"]
+)
+def test_a_pods_address_that_is_not_one_is_refused_and_named(ip: str) -> None:
+    """Empty, not resolved by Kubernetes, or both of a dual-stack pod: nobody would find the pod there."""
+    with pytest.raises(BadRequest) as refused:
+        Pod("amf-1", ip, "i")
+    assert ip in str(refused.value)
+    assert "expected" in str(refused.value)
+
+
+def test_an_instance_that_kubernetes_has_not_resolved_is_refused() -> None:
+    with pytest.raises(BadRequest, match=r"found \$\(NF_ID\), which Kubernetes has not resolved"):
+        Pod("amf-1", "2001:db8::1", "$(NF_ID)")
+
+
 @pytest.mark.parametrize("name", ["", "Amf", "a_b", "chunkid-7", "a" * 254])
 def test_a_pod_name_that_cannot_be_one_is_refused(name: str) -> None:
     with pytest.raises(BadRequest, match="pod name"):
@@ -70,7 +86,7 @@ def test_a_pod_name_that_cannot_be_one_is_refused(name: str) -> None:
 @pytest.mark.parametrize("url", ["http://host:4222", "mongodb://host", "nats://", "", ["nats://a", "b://c"]])
 def test_a_url_that_is_none_of_nats_is_refused(url: str | list[str]) -> None:
     with pytest.raises(BadRequest, match="expected a NATS URL such as nats://host:4222"):
-        Drsm.connect(url, Pod("amf-1", "", ""))
+        Drsm.connect(url, Pod("amf-1", "10.0.0.1", ""))
 
 
 def test_a_refused_url_is_shown_without_its_password() -> None:
@@ -81,7 +97,7 @@ def test_a_refused_url_is_shown_without_its_password() -> None:
 
 def test_an_option_that_nats_does_not_have_is_refused_by_name() -> None:
     with pytest.raises(BadRequest, match="found pasword"):
-        Drsm.connect("nats://host", Pod("amf-1", "", ""), pasword="x", user="y")
+        Drsm.connect("nats://host", Pod("amf-1", "10.0.0.1", ""), pasword="x", user="y")
 
 
 async def test_arguments_that_cannot_be_are_refused_before_connecting() -> None:

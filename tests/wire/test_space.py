@@ -155,6 +155,36 @@ def test_an_address_may_be_text_and_stands_for_the_item_it_lies_in(space: Space)
             assert {space.chunk_of(address) for address in (around[0], around[-1])} == {n}
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "::ffff:10.45.0.2",
+        "::FFFF:0a2d:0002",
+        " 10.45.0.2\n",
+        "10.45.0.2/32",
+        "::ffff:10.45.0.2/128",
+        IPv6Address("::ffff:10.45.0.2"),
+        IPv6Network("::ffff:10.45.0.2/128"),
+    ],
+)
+def test_an_ipv4_address_may_be_written_in_any_form_that_means_no_other(asked: Any) -> None:
+    space = Space(name="a", kind="ipv4", ranges=("10.45.0.0/16",))
+    assert space.ordinal(asked) == space.ordinal(IPv4Address("10.45.0.2")) is not None
+
+
+@pytest.mark.parametrize("asked", ["2001:db8:0:7::/64", "2001:db8:0:7::1/64", "2001:DB8:0:7::9/128"])
+def test_a_prefix_may_be_asked_about_by_any_network_within_it(asked: str) -> None:
+    """Also with host bits, as tools print an interface's address."""
+    space = Space(name="a", kind="ipv6", ranges=("2001:db8::/48",), prefix=64)
+    assert space.ordinal(asked) == space.ordinal(IPv6Network("2001:db8:0:7::/64")) is not None
+
+
+@pytest.mark.parametrize("asked", ["::ffff:0:0/96", "fe80::1%eth0", "010.45.0.2", "10.45.2", "::10.45.0.2"])
+def test_a_form_that_could_mean_another_address_is_refused(asked: str) -> None:
+    with pytest.raises(ValueError, match="expected an ipv4 address"):
+        Space(name="a", kind="ipv4", ranges=("10.45.0.0/16",)).ordinal(asked)
+
+
 @given(address_spaces(), st.data())
 def test_what_lies_in_no_range_has_no_chunk(space: Space, data: st.DataObject) -> None:
     """Right before and behind each range, and anywhere else."""
