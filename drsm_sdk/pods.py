@@ -1,6 +1,7 @@
 """Who takes part: a pod as it presents itself, and the owner of an id as consumers see it."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -9,6 +10,8 @@ from typing import Literal, Self
 from drsm_sdk.errors import BadRequest
 from drsm_sdk.wire.messages import OwnerRef, PodRef
 
+_HOST_NAME = re.compile(r"(?:[a-z0-9_-]{1,63}\.)*(?=[a-z0-9_-]*[a-z])[a-z0-9_-]{1,63}\.?", re.IGNORECASE)
+"""Of which the last label is no number, as else it would be a wrong address (RFC 1123, section 2.1)."""
 PodState = Literal["live", "down", "unknown"]
 
 
@@ -17,7 +20,7 @@ class Pod:
     """This process as a member of the domain. Raises BadRequest for a name that cannot be one.
 
     name      Kubernetes pod name (DNS-1123); two living pods must not share one
-    ip        where the load balancer reaches it: one IPv4 or IPv6 address, as text
+    ip        where the load balancer reaches it: one IPv4 or IPv6 address, or a host name, as text
     instance  what the network function calls itself, for example its NF instance id
     """
 
@@ -35,13 +38,11 @@ class Pod:
                 f"expected a pod's address and instance, found {unresolved[0]:.60}, which Kubernetes has not "
                 "resolved; in the manifest, define the variable above the one that names it"
             )
-        try:
-            ip_address(self.ip)
-        except ValueError:
+        if not _is_host(self.ip):
             raise BadRequest(
-                f"ip: expected one IPv4 or IPv6 address of the pod, found {self.ip!r:.60}; take status.podIP "
+                f"ip: expected one address or host name of the pod, found {self.ip!r:.60}; take status.podIP "
                 "(downward API), of a dual-stack pod the address by which the load balancer reaches it"
-            ) from None
+            )
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
@@ -85,3 +86,11 @@ class Owner:
     def of(cls, ref: OwnerRef, state: PodState) -> Self:
         """An owner as the wire protocol writes it, in a state."""
         return cls(ref.name, ref.ip, ref.instance, ref.incarnation, state)
+
+
+def _is_host(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return _HOST_NAME.fullmatch(text) is not None
+    return True

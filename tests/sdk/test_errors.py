@@ -62,7 +62,7 @@ def test_what_the_environment_lacks_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "ip", ["", "$(POD_IP)", "10.0.0.1,2001:db8::1", "10.0.0.1 fd00::1", "amf-1", "10.0.0"]
+    "ip", ["", "$(POD_IP)", "10.0.0.1,2001:db8::1", "10.0.0.1 fd00::1", "10.0.0", "10.0.0.300"]
 )
 def test_a_pods_address_that_is_not_one_is_refused_and_named(ip: str) -> None:
     """Empty, not resolved by Kubernetes, or both of a dual-stack pod: nobody would find the pod there."""
@@ -70,6 +70,12 @@ def test_a_pods_address_that_is_not_one_is_refused_and_named(ip: str) -> None:
         Pod("amf-1", ip, "i")
     assert ip in str(refused.value)
     assert "expected" in str(refused.value)
+
+
+@pytest.mark.parametrize("ip", ["10.0.0.1", "2001:db8::1", "amf-1", "amf-1.amf.core.svc.cluster.local"])
+def test_a_pods_address_may_be_a_host_name(ip: str) -> None:
+    """As containers of one network know each other."""
+    assert Pod("amf-1", ip, "i").ip == ip
 
 
 def test_an_instance_that_kubernetes_has_not_resolved_is_refused() -> None:
