@@ -180,7 +180,7 @@ class GoPods:
         """Keepalives that stand unchanged, also where MongoDB's TTL monitor does not delete them. They stay:
         a Go pod that lives and saw its own deleted would claim its own chunks, and issue from them anew."""
         for key, keepalive in pool.keepalives.items():
-            told = keepalive.go_told
+            told = keepalive.go_state
             if told is None or told.down or not self.is_silent(pool.name, key):
                 continue
             if self._told.get((pool.name, key)) != self._signs.get(

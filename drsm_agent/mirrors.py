@@ -92,8 +92,7 @@ class Mirrors:
             await self._relay.commit(needed)
         for owner in missing:
             if owner.name not in pool.keepalives:
-                self._in_the_way.add((pool.name, owner.name))
-                log.error("keepalive_in_the_way", pool=pool.name, pod=owner.name, action=IN_THE_WAY)
+                self._tell_in_the_way(pool, owner.name)
 
     def may_receive(self, pool: PoolTable, owner: Owner) -> bool:
         """Whether a pod may get chunks at this moment: it has a keepalive, and none of its name was deleted
@@ -108,15 +107,23 @@ class Mirrors:
         message = f"a keepalive of pod {owner.name} was deleted, and Go pods may claim what names it"
         return Refused("store_unavailable", message, reason="settling", retry=True)
 
+    def _tell_in_the_way(self, pool: PoolTable, name: str) -> None:
+        """Once, until it changes."""
+        if (pool.name, name) not in self._in_the_way:
+            self._in_the_way.add((pool.name, name))
+            log.error("keepalive_in_the_way", pool=pool.name, pod=name, action=IN_THE_WAY)
+
     def _gone_before(self) -> Iterator[Name]:
         """Names whose keepalive may have been deleted just before this lead: those that this agent has seen
-        go, by the database's time; and those that chunks name, as it may have begun to look later than
-        that."""
+        go, by the database's time; and all that there are, if it has begun to look later than that."""
+        began = self._table.seconds - (self._table.started >> 32) <= SETTLES
         for pool in self._table.pools.values():
             for name, at in pool.gone.items():
                 if self._table.seconds - (at >> 32) <= SETTLES:
                     yield pool.name, name
-            yield from ((pool.name, name) for name, _ in pool.held if name not in pool.keepalives)
+            for name in [name for name, _ in pool.held] + [*pool.keepalives]:
+                if began or name not in pool.keepalives:
+                    yield pool.name, name
 
     def _shows(self, pool: PoolTable, owner: Owner) -> bool:
         return keepalives.shows(pool, owner)
@@ -138,7 +145,9 @@ class Mirrors:
                 if seen is None:
                     self._gone_at[space, key] = now
                 if seen is None or seen.mirrored is None:  # what we wrote ourselves needs no second look
-                    self._changed |= {session for session in self._table.sessions if session[0] == key}
+                    self._changed |= {
+                        session for session in (*self._table.sessions, *pool.held) if session[0] == key
+                    }
         if self._changed:
             self._news.set()
 
@@ -181,7 +190,7 @@ class Mirrors:
             )  # others have their turn: a thousand pods in each of many pools take a while
             self._note_dead(pool, now)
             decided = [
-                *self._kept(pool, [*pool.live, *opened], ends),
+                *self._kept(pool, dict.fromkeys([*pool.live, *opened, *pool.held]), ends),
                 *self._stood_in(pool, ends),
                 *self._over(pool, now, ends),
                 *self._shown_again(pool, now, ends),
@@ -193,7 +202,8 @@ class Mirrors:
         self._forget()
 
     def _kept(self, pool: PoolTable, sessions: Iterable[Key], ends: Ends) -> Iterator[Write]:
-        """What the keepalives of living sessions need, and those of Go pods beside which one begins."""
+        """What the keepalives of living sessions need; those of Go pods beside which one begins; and those of
+        the dead who may still issue."""
         for key in sessions:
             if key[1] == GO_INCARNATION:
                 continue
@@ -201,13 +211,21 @@ class Mirrors:
                 write = keepalives.for_living(pool, owner, ends)
             elif (session := self._table.sessions.get(key)) and session.state == OPENED:
                 joins = pool.name in session.pools
-                write = keepalives.for_namesake(pool, session.owner, ends) if joins else None
+                write = keepalives.for_beginning(pool, session.owner, ends) if joins else None
+            elif key in pool.held and not self._is_over(pool, key, self._clock()):
+                yield from filter(None, [keepalives.for_dead(pool, self._of_chunks(pool, key), ends)])
+                continue
             else:
                 continue
             if pool.has_go:
                 self._watch_namesake(pool, key)
             if write:
                 yield write
+
+    @staticmethod
+    def _of_chunks(pool: PoolTable, key: Key) -> Owner:
+        """A pod as its chunks name it."""
+        return pool.chunks[next(iter(pool.held[key].numbers))].owner
 
     def _ends(self) -> Ends:
         """By the database's time, which its TTL monitor goes by, and no other clock."""
@@ -233,7 +251,10 @@ class Mirrors:
         for name, incarnation in pool.held if pool.go_chunks else ():
             untold = incarnation == GO_INCARNATION and keepalives.is_unknown(pool, name)
             if untold and self.go_pods.is_silent(pool.name, name):
-                yield keepalives.for_silent_go(pool, name, ends)
+                if name in pool.odd:
+                    self._tell_in_the_way(pool, name)
+                else:
+                    yield keepalives.for_silent_go(pool, name, ends)
 
     # --- The dead ------------------------------------------------------------------------------------
 
@@ -250,7 +271,7 @@ class Mirrors:
     def _over(self, pool: PoolTable, now: float, ends: Ends) -> Iterator[Write]:
         """The keepalives of the dead go once nobody issues from their chunks."""
         for seen, owner in keepalives.of_nobody(pool):
-            if write := keepalives.untold(pool, seen):
+            if write := keepalives.forgets_go(pool, seen):
                 yield write
                 continue
             writing = keepalives.go_writes_under(pool, owner.name)
@@ -274,7 +295,7 @@ class Mirrors:
                 continue
             shown = self._shown_at.setdefault((pool.name, key[0]), now)
             if now - shown >= SHOWN_AGAIN and self._is_over(pool, key, now):
-                owner = pool.chunks[next(iter(pool.held[key].numbers))].owner
+                owner = self._of_chunks(pool, key)
                 yield writes.mirror_keepalive(pool.name, owner, ends.expire_at)
 
     def _left(self, pool: PoolTable, now: float) -> Iterator[Write]:

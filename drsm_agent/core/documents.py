@@ -2,8 +2,9 @@
 
 The chunk and keepalive documents are Go DRSM's own, with one sub-document `drsm` added that it
 ignores. A Go pod that claims sets the three pod fields and leaves `drsm` stale, so a chunk's `drsm`
-counts only while its copies equal them. Whose a keepalive is shows in its `podInstance`: the agent's
-begin with `drsm:`, and no Go pod writes that. docs/protocol.md names every field.
+counts only while its copies equal them. Whose a keepalive is shows in its `podInstance`, which for the
+agent's begins with `drsm:`, as no Go pod writes it; and in its end, which the agent writes twice and a Go pod
+once. docs/protocol.md names every field.
 """
 
 import re
@@ -17,7 +18,6 @@ Document = dict[str, Any]
 POD_NAME_MAX, IP_MAX, INSTANCE_MAX = 253, 64, 256
 """As the wire has them. Anybody may write into a pool's collection up to 16 MiB; a message that has no room
 for an owner would end every agent, one after the other."""
-_ADDRESS_MAX = (("ip", IP_MAX), ("instance", INSTANCE_MAX))
 GRANT_MAX, REQUEST_ID_MAX = 16, 64
 """As the wire has them; grants go out with claims."""
 REASON_MAX = 64
@@ -28,12 +28,17 @@ GO_OWNERS_MAX = 8
 """Go pods that a chunk remembers it came from. More can only be when none of them was seen to live for eight
 claims; the newest are kept."""
 
+_KEEPALIVE_FIELDS = ("_id", "type", "podId", "podIp", "podInstance", "expireAt", "drsm")
 _CHUNK_ID = re.compile(r"chunkid-(0|[1-9][0-9]{0,18})")
 _SESSION_ID = re.compile(r"(.+):([0-9]{1,20})")
 NO_END = True
 """What `silent` is for a Go keepalive without an end."""
-_OURS = "drsm:{}:{}"
+_OURS_BEGIN = "drsm:"
+_OURS = _OURS_BEGIN + "{}:{}"
 _OURS_MAX = len(_OURS) + POD_NAME_MAX + 20
+ODD_FIELD_MAX = 2048
+"""Characters of a field that are kept of a document which is no keepalive, or not readable as one; a Go
+pod's renewal may heal it."""
 GO_INCARNATION = 0
 
 
@@ -145,8 +150,8 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """A Go pod, and whether it is known to be down."""
+class GoState:
+    """What a keepalive says of the Go pod of its name."""
 
     owner: Owner
     down: bool
@@ -154,12 +159,13 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Keepalive:
-    """A keepalive document in one pool; `pod` is its `_id`. Its `instance` says whose it is: a Go pod's own,
-    or the agent's, for an SDK pod (its mirror) or for a Go pod that has none and is silent (incarnation 0).
+    """A keepalive document in one pool; `pod` is its `_id`. It is a Go pod's own, or the agent's, for an SDK
+    pod (its mirror) or for a Go pod that has none and is silent (incarnation 0). The agent's has its
+    `instance`, and `end` equal to `expire_at`: every Go pod's renewal changes the latter, and where it writes
+    no instance nothing else.
 
-    `expire_at` is as whoever wrote last has put it. On a Go pod's own the agent writes `silent`, equal to
-    `expire_at` once that stood unchanged for too long; a renewal changes `expire_at`, and ends it. `go` is
-    what a mirror says of the Go pod of its name.
+    On a Go pod's own the agent writes `silent`, equal to `expire_at` once that stood unchanged for too long;
+    a renewal ends it. `go` is what a mirror says of the Go pod of its name.
     """
 
     pod: str
@@ -167,43 +173,52 @@ class Keepalive:
     instance: str | None
     owner: Owner | None = None
     expire_at: Any = None
+    end: Any = None
     silent: Any = None
-    go: Told | None = None
+    go: GoState | None = None
 
     @property
     def mirrored(self) -> Owner | None:
         """The incarnation that the agent shows by it; None for a Go pod's own."""
         owner = self.owner
-        return owner if owner and self.instance == our_instance(owner) else None
+        ours = owner and self.instance == our_instance(owner) and self.end == self.expire_at
+        return owner if ours else None
 
     @property
     def go_owner(self) -> Owner | None:
         """The Go pod that keeps it up, or did before it fell silent; None for a mirror from which no Go pod
         was heard for too long."""
-        told = self.go_told
+        told = self.go_state
         return told.owner if told and not (told.down and self.mirrored) else None
 
     @property
-    def go_told(self) -> Told | None:
+    def go_state(self) -> GoState | None:
         """What it says of the Go pod of its name; None for a mirror that says nothing of one."""
         if (mirrored := self.mirrored) is None:
-            owner = Owner(self.pod, self.ip or "", self.instance or "", GO_INCARNATION)
+            owner = Owner(self.pod, self._go_ip, self._go_instance, GO_INCARNATION)
             seen = NO_END if self.expire_at is None else self.expire_at
-            return Told(owner, down=self.silent is not None and self.silent == seen)
+            return GoState(owner, down=self.silent is not None and self.silent == seen)
         if mirrored.is_go:
-            return Told(mirrored, down=True)
+            return GoState(mirrored, down=True)
         return self.go
 
     @property
     def go_down(self) -> bool:
         """Whether it says that the Go pod of its name is down."""
-        told = self.go_told
+        told = self.go_state
         return told is not None and told.down
 
     @property
-    def by_go(self) -> bool:
-        """Whether a Go pod's renewal was the last that put its end off."""
-        return self.mirrored is None
+    def _go_ip(self) -> str:
+        """A Go pod that writes no address leaves the one that the agent wrote for its own pod."""
+        wrote_none = self.owner and self.owner.ip == self.ip and self.go and not self.go.owner.ip
+        return "" if wrote_none else self.ip or ""
+
+    @property
+    def _go_instance(self) -> str:
+        """The same for the instance."""
+        instance = self.instance or ""
+        return "" if instance.startswith(_OURS_BEGIN) else instance
 
     @property
     def document(self) -> Document:
@@ -214,10 +229,12 @@ class Keepalive:
         if self.instance is not None:
             document["podInstance"] = self.instance
         drsm = owner_fields(self.owner) if self.owner else {}
+        if self.end is not None:
+            drsm["end"] = self.end
         if self.silent is not None:
             drsm["silent"] = self.silent
         if self.go is not None:
-            drsm["go"] = told_fields(self.go)
+            drsm["go"] = go_state_fields(self.go)
         return document | ({"drsm": drsm} if drsm else {})
 
 
@@ -232,7 +249,7 @@ def owner_fields(owner: Owner) -> Document:
     return {"pod": owner.name, "ip": owner.ip, "instance": owner.instance, "incarnation": owner.incarnation}
 
 
-def told_fields(told: Told) -> Document:
+def go_state_fields(told: GoState) -> Document:
     """What a mirror says of a Go pod, as `drsm.go` has it."""
     return {"ip": told.owner.ip, "instance": told.owner.instance, "down": told.down}
 
@@ -326,17 +343,25 @@ def read_keepalive(document: Mapping[str, Any]) -> Keepalive | None:
             instance=_text_or_none(document.get("podInstance"), max(INSTANCE_MAX, _OURS_MAX)),
             owner=_read_owner(beside),
             expire_at=_read_end(document.get("expireAt")),
+            end=beside.get("end"),
             silent=beside.get("silent"),
-            go=_read_told(key, beside.get("go")),
+            go=_read_go_state(key, beside.get("go")),
         )
     except ValueError:
         return None
-    mirrored = keepalive.mirrored
-    if mirrored is None and len(keepalive.instance or "") > INSTANCE_MAX:
+    mirrored, instance = keepalive.mirrored, keepalive.instance or ""
+    if len(instance) > INSTANCE_MAX and not instance.startswith(_OURS_BEGIN):
         return None
     if mirrored is not None and mirrored.name != key:  # a copy of one of ours, under another name
         return None
     return keepalive
+
+
+def odd_fields(document: Mapping[str, Any]) -> Document:
+    """What is kept of a document that no keepalive can be read from: updates are merged into it. What is too
+    large becomes something that cannot be read either."""
+    fields = {name: document[name] for name in _KEEPALIVE_FIELDS if name in document}
+    return {name: value if len(repr(value)) <= ODD_FIELD_MAX else b"" for name, value in fields.items()}
 
 
 def read_session(document: Mapping[str, Any]) -> Session | None:
@@ -431,15 +456,16 @@ def _read_owner(value: Mapping[str, Any]) -> Owner | None:
         return None
 
 
-def _read_told(pod: str, value: Any) -> Told | None:
+def _read_go_state(pod: str, value: Any) -> GoState | None:
     """What a mirror says of the Go pod of its name; None where it says nothing that can be read."""
     if not isinstance(value, Mapping):
         return None
     try:
-        ip, instance = (_text(value.get(name) or "", most) for name, most in _ADDRESS_MAX)
+        ip = _text(value.get("ip") or "", IP_MAX)
+        instance = _text(value.get("instance") or "", INSTANCE_MAX)
     except ValueError:
         return None
-    return Told(Owner(pod, ip, instance, GO_INCARNATION), down=bool(value.get("down", True)))
+    return GoState(Owner(pod, ip, instance, GO_INCARNATION), down=bool(value.get("down", True)))
 
 
 def _read_names(value: Any) -> tuple[str, ...]:

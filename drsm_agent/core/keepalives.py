@@ -7,7 +7,8 @@ not look at who is alive. So the agent decides by keepalives what Go pods do to 
   a Go pod's keepalive of that name, that becomes the mirror, in one write, again after each renewal of the Go
   pod. It is never deleted and inserted anew. Until it has stood unchanged for so long that the Go pod is
   gone, it also says that the Go pod lives.
-- A dead SDK pod's mirror is deleted once nobody issues from its chunks any more, although chunks name it:
+- A dead SDK pod's name has a keepalive of the agent's, which does not end, for as long as somebody may
+  issue from its chunks, also where a Go pod of its name lives. Then it is deleted, although chunks name it:
   where no SDK pod lives, Go pods shall claim them. They may have missed it, so it is shown again.
 - A Go pod that owns chunks, has no keepalive and is silent gets a stand-in that says so.
 
@@ -58,30 +59,40 @@ def for_living(pool: PoolTable, owner: Owner, ends: Ends) -> Insert | Update | N
         return writes.mirror_keepalive(pool.name, owner, ends.expire_at)
     mirrored = seen.mirrored
     if mirrored == owner:
-        return untold(pool, seen) or (
-            writes.prolong_keepalive(pool.name, seen, ends.expire_at)
-            if _end(seen.expire_at) < ends.least
-            else None
-        )
+        return forgets_go(pool, seen) or _lasting(pool, seen, ends)
     if mirrored and mirrored.key in pool.live and mirrored.incarnation >= owner.incarnation:
         return None
     return writes.take_over_keepalive(pool.name, seen, owner, ends.expire_at)
 
 
-def for_namesake(pool: PoolTable, owner: Owner, ends: Ends) -> Update | None:
-    """Has a Go pod's keepalive become the mirror of a pod of ours that begins beside it and has not spoken
-    yet."""
+def for_beginning(pool: PoolTable, owner: Owner, ends: Ends) -> Update | None:
+    """What a keepalive needs that has the name of a pod of ours which has not spoken yet: beside a living Go
+    pod it becomes the mirror, and no longer ends."""
     seen = pool.keepalives.get(owner.name)
-    if seen is None or (owner.name, GO_INCARNATION) not in pool.live:
+    if seen is None or (owner.name, GO_INCARNATION) not in pool.live or seen.mirrored not in {None, owner}:
+        return None
+    return for_dead(pool, owner, ends)
+
+
+def for_dead(pool: PoolTable, owner: Owner, ends: Ends) -> Update | None:
+    """What a keepalive needs that has the name of a dead pod of ours which may still issue: it is the
+    agent's, whichever incarnation it shows, and does not end. Whoever deletes it has Go pods claim what names
+    it."""
+    seen = pool.keepalives.get(owner.name)
+    if seen is None:
         return None
     if seen.mirrored is None:
         return writes.take_over_keepalive(pool.name, seen, owner, ends.expire_at)
-    if seen.mirrored == owner and _end(seen.expire_at) < ends.least:
-        return writes.prolong_keepalive(pool.name, seen, ends.expire_at)
-    return None
+    return _lasting(pool, seen, ends)
 
 
-def untold(pool: PoolTable, seen: Keepalive) -> Update | None:
+def _lasting(pool: PoolTable, seen: Keepalive, ends: Ends) -> Update | None:
+    """Puts the end of one of the agent's off, once it is near."""
+    near = _end(seen.expire_at) < ends.least
+    return writes.prolong_keepalive(pool.name, seen, ends.expire_at) if near else None
+
+
+def forgets_go(pool: PoolTable, seen: Keepalive) -> Update | None:
     """Has a mirror say no more that a Go pod of its name is down, once that has no chunks: the next Go pod of
     the name is another one."""
     mirrored = seen.mirrored

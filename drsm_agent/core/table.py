@@ -21,6 +21,9 @@ V = TypeVar("V")
 SESSIONS = "drsm_sessions"
 STAMPS = "drsm_stamps"
 GONE_SECONDS = 60
+ODD_MAX = 10_000
+"""Documents of a pool's collection that are kept although they are neither chunk nor keepalive. There are
+none as a rule; one that is not kept is seen when everything is read anew."""
 SILENT, DELETED = "silent", "deleted"
 """Why a Go pod is down: its keepalive stands unchanged, or was deleted. After the latter it is unknown
 whether one that has chunks is about to renew."""
@@ -68,12 +71,14 @@ class PoolTable:
     """One pool: its chunks, who holds which, and what of it a consumer must have heard.
 
     Of Go pods `live` has those with a keepalive that is not known to be silent, `down` those of which a
-    keepalive says that they are, and `go_keepalives` counts their own. `signs` counts, by name, what shows
-    that one lives: its renewals, and chunks that it has allocated or claimed. `from_go` are the SDK pods'
-    chunks that came from each of them. `gone` are keepalives that were deleted of late, and when, by the
-    database's time. `go_since` is when each Go pod's life began, as far as its keepalive shows, and
-    `known_free` are the free numbers that one of them has seen owned and never takes again, with when they
-    became free. Those that are owned they know, too.
+    keepalive says that they are, and `go_keepalives` counts their own. `signs` counts, by name, what
+    shows that one lives: its renewals, and chunks that it has allocated or claimed. `from_go` are the SDK
+    pods' chunks that came from each of them. `gone` are keepalives that were deleted of late, and when,
+    by the database's time; another one may have been inserted since. `go_since` is when each Go pod's
+    life began, as far as its keepalive shows, and `known_free` are the free numbers that one of them has
+    seen owned and never takes again, with when they became free. Those that are owned they know, too.
+    `odd` is what is kept of documents of the collection that are no chunks, and from which no keepalive
+    can be read.
     """
 
     name: str
@@ -90,6 +95,7 @@ class PoolTable:
     gone: dict[str, int] = field(default_factory=dict, compare=False)
     go_since: dict[str, int] = field(default_factory=dict, compare=False)
     known_free: dict[int, int] = field(default_factory=dict, compare=False)
+    odd: dict[str, Document] = field(default_factory=dict, compare=False)
     go_keepalives: int = 0
     go_chunks: int = 0
     checksum: int = 0
@@ -214,7 +220,7 @@ class Table:
             chunk = pool.chunks.get(n)
             return chunk.document if chunk else {"_id": key}
         keepalive = pool.keepalives.get(key)
-        return {"_id": key} | (keepalive.document if keepalive else {})
+        return {"_id": key} | (keepalive.document if keepalive else pool.odd.get(key, {}))
 
     def _put(
         self, space: str, key: str, document: Document | None, version: Version, token: str = ""
@@ -331,10 +337,12 @@ class Table:
     ) -> list[Event]:
         new = docs.read_keepalive(document) if document else None
         old = pool.keepalives.pop(key, None)
+        pool.odd.pop(key, None)
+        if document and not new and len(pool.odd) < ODD_MAX:
+            pool.odd[key] = docs.odd_fields(document)
         if new:
             pool.keepalives[key] = new
-            pool.gone.pop(key, None)
-            if new.by_go and (old is None or not old.by_go or old.expire_at != new.expire_at):
+            if new.mirrored is None and (old is None or old.mirrored or old.expire_at != new.expire_at):
                 self._sign(pool, new.pod)
         elif old:
             _note_gone(pool, key, version[0])
@@ -348,7 +356,7 @@ class Table:
     ) -> list[Event]:
         """What consumers must hear of a Go pod, whose state is a function of the documents
         (`PoolTable.state`)."""
-        before, after = old and old.go_told, new and new.go_told
+        before, after = old and old.go_state, new and new.go_state
         if before == after:
             return []
         if before:
@@ -414,12 +422,12 @@ def _note_known(pool: PoolTable, old: Chunk | None, new: Chunk | None, at: int) 
 def _note_lives(pool: PoolTable, old: Keepalive | None, new: Keepalive | None, at: int) -> None:
     """A Go pod that begins knows what is owned then, and learns each number that is granted from then on.
     One at another address is another one. What only those before it knew is new again."""
-    before, after = old and old.go_owner, new and new.go_owner
-    if before == after:
+    before, after = old and old.go_state, new and new.go_state
+    if (before and before.owner) == (after and after.owner):  # whether it is silent or not: it may go on
         return
     if before:
-        pool.go_since.pop(before.name, None)
+        pool.go_since.pop(before.owner.name, None)
     if after:
-        pool.go_since[after.name] = at
+        pool.go_since[after.owner.name] = at
     oldest = min(pool.go_since.values(), default=None)
     pool.known_free = {} if oldest is None else {n: f for n, f in pool.known_free.items() if f >= oldest}

@@ -22,15 +22,15 @@ from drsm_agent.core.documents import (
     Chunk,
     Document,
     Drsm,
+    GoState,
     Keepalive,
     Owner,
     Session,
-    Told,
     chunk_key,
+    go_state_fields,
     our_instance,
     owner_fields,
     session_key,
-    told_fields,
 )
 from drsm_agent.core.table import SESSIONS, STAMPS
 
@@ -243,9 +243,9 @@ def _who(owner: Owner) -> tuple[str, str, str, int]:
 
 # --- Keepalives -----------------------------------------------------------------------------------
 #
-# Whose a keepalive is says its `podInstance`, and whether anybody has renewed it since says its `expireAt`:
-# every guard names both as they were seen. Each is a plain insert, update or delete; none is an upsert, as
-# a renewal must not revive what Go pods have seen deleted.
+# Whose a keepalive is say its `podInstance` and its end, and whether anybody has renewed it since says its
+# `expireAt`: every guard names these two as they were seen. Each is a plain insert, update or delete; none is
+# an upsert, as a renewal must not revive what Go pods have seen deleted.
 
 
 def mirror_keepalive(pool: str, owner: Owner, expire_at: Any) -> Insert:
@@ -258,26 +258,27 @@ def take_over_keepalive(pool: str, seen: Keepalive, owner: Owner, expire_at: Any
     write: a Go pod that saw it deleted would claim the chunks of everybody with this name. It goes on saying
     what is known of the Go pod, whose next renewal makes it the Go pod's again."""
     fields = _mirror(owner, expire_at)
-    if told := seen.go_told:
-        fields["drsm"] |= {"go": told_fields(told)}
+    if told := seen.go_state:
+        fields["drsm"] |= {"go": go_state_fields(told)}
     return Update(pool, _keepalive_guard(seen), set=fields)
 
 
 def prolong_keepalive(pool: str, seen: Keepalive, expire_at: Any) -> Update:
     """Put off the end of a mirror."""
-    return Update(pool, _keepalive_guard(seen), set={"expireAt": expire_at})
+    return Update(pool, _keepalive_guard(seen), set={"expireAt": expire_at, "drsm.end": expire_at})
 
 
 def forget_go(pool: str, seen: Keepalive, mirrored: Owner) -> Update:
     """A mirror says nothing more of the Go pod of its name."""
-    return Update(pool, _keepalive_guard(seen), set={"drsm": owner_fields(mirrored)})
+    drsm = owner_fields(mirrored) | {"end": seen.expire_at}
+    return Update(pool, _keepalive_guard(seen), set={"drsm": drsm})
 
 
 def note_silence(pool: str, seen: Keepalive, go: Owner) -> Update:
     """The Go pod that owns chunks, or whose keepalive stood unchanged, is down."""
     drsm: Document = dict(seen.document.get("drsm", {}))
     if seen.mirrored:
-        drsm["go"] = told_fields(Told(go, down=True))
+        drsm["go"] = go_state_fields(GoState(go, down=True))
     else:
         drsm["silent"] = NO_END if seen.expire_at is None else seen.expire_at
     return Update(pool, _keepalive_guard(seen), set={"drsm": drsm})
@@ -295,7 +296,7 @@ def _mirror(owner: Owner, expire_at: Any) -> Document:
         "podIp": owner.ip,
         "podInstance": our_instance(owner),
         "expireAt": expire_at,
-        "drsm": owner_fields(owner),
+        "drsm": owner_fields(owner) | {"end": expire_at},
     }
 
 

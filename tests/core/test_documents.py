@@ -10,10 +10,10 @@ from drsm_agent.core import documents
 from drsm_agent.core.documents import (
     Chunk,
     Drsm,
+    GoState,
     Keepalive,
     Owner,
     Session,
-    Told,
     chunk_key,
     chunk_number,
     merge,
@@ -288,7 +288,7 @@ def test_a_keepalive_of_go_drsm_is_a_go_pod() -> None:
     """With incarnation 0."""
     keepalive = read_keepalive(GO_KEEPALIVE)
     assert keepalive == Keepalive("amf-go", "10.0.0.9", "nf-9", expire_at=GO_KEEPALIVE["expireAt"])
-    assert keepalive.by_go
+    assert keepalive.mirrored is None
     assert not keepalive.go_down
     assert keepalive.go_owner == Owner("amf-go", "10.0.0.9", "nf-9", 0)
 
@@ -299,7 +299,6 @@ def test_a_mirror_is_no_go_pod() -> None:
     assert keepalive is not None
     assert keepalive.go_owner is None
     assert keepalive.mirrored == Owner("amf-1", "10.0.0.7", "nf-1", DRSM["incarnation"])
-    assert not keepalive.by_go
 
 
 def test_a_mirror_that_a_go_pod_of_the_same_name_address_and_instance_took_over_is_a_go_pod() -> None:
@@ -349,7 +348,7 @@ def test_what_the_agent_wrote_beside_a_go_keepalive_counts_until_it_is_renewed(
     pod's own."""
     keepalive = read_keepalive(GO_KEEPALIVE | {"expireAt": 9, "drsm": beside})
     assert keepalive is not None
-    assert (keepalive.go_down, keepalive.by_go) == (down, True)
+    assert (keepalive.go_down, keepalive.mirrored) == (down, None)
     assert read_keepalive({"_id": "amf-go"} | keepalive.document) == keepalive
 
 
@@ -370,7 +369,7 @@ def test_a_mirror_says_what_is_known_of_the_go_pod_of_its_name(
     """What cannot be read says nothing."""
     keepalive = read_keepalive(MIRROR | {"drsm": MIRROR["drsm"] | {"go": said}})
     assert keepalive is not None
-    assert keepalive.go == (told and Told(Owner("amf-1", told[0], told[1], 0), down=told[2]))
+    assert keepalive.go == (told and GoState(Owner("amf-1", told[0], told[1], 0), down=told[2]))
     assert (keepalive.go_owner is not None, keepalive.go_down) == (
         bool(told and not told[2]),
         bool(told and told[2]),

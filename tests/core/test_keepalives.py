@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from drsm_agent.core import keepalives
-from drsm_agent.core.documents import Chunk, Document, Drsm, Owner, Told, merge
+from drsm_agent.core.documents import Chunk, Document, Drsm, GoState, Owner, merge
 from drsm_agent.core.keepalives import Ends
 from drsm_agent.core.table import Hashes, PoolTable, Table
 from drsm_agent.core.writes import Insert, Update, mirror_keepalive
@@ -93,8 +93,8 @@ def test_a_go_namesakes_keepalive_becomes_the_mirror_and_says_what_is_known_of_i
     its instance."""
     seen = go_keepalive(**beside)
     after = result(table(seen), needed(seen)).keepalives["amf-1"]
-    assert (after.mirrored, after.expire_at, after.by_go) == (ME, FAR, False)
-    assert after.go_told == Told(GO, down=down)
+    assert (after.mirrored, after.expire_at) == (ME, FAR)
+    assert after.go_state == GoState(GO, down=down)
     assert (after.go_owner is not None) == (not down)
     taken = {"_id": "amf-1"} | after.document
     assert needed(taken, go_chunk()) is None
@@ -111,16 +111,30 @@ def test_an_end_that_is_no_date_is_put_off() -> None:
 
 def test_a_session_that_has_only_begun_takes_over_what_a_living_go_pod_left_and_no_more() -> None:
     """It may never live; and an older one of its name may."""
-    assert keepalives.for_namesake(table(), ME, ENDS) is None
-    assert keepalives.for_namesake(table(mirror(expire_at=NOW)), ME, ENDS) is None
-    assert keepalives.for_namesake(table(go_keepalive(silent=NOW)), ME, ENDS) is None
+    assert keepalives.for_beginning(table(), ME, ENDS) is None
+    assert keepalives.for_beginning(table(mirror(expire_at=NOW)), ME, ENDS) is None
+    assert keepalives.for_beginning(table(go_keepalive(silent=NOW)), ME, ENDS) is None
     pool = table(go_keepalive())
-    taken = result(pool, keepalives.for_namesake(pool, ME, ENDS))
+    taken = result(pool, keepalives.for_beginning(pool, ME, ENDS))
     assert (taken.keepalives["amf-1"].mirrored, taken.keepalives["amf-1"].expire_at) == (ME, FAR)
-    assert keepalives.for_namesake(taken, NEWER, ENDS) is None
-    assert keepalives.for_namesake(taken, ME, ENDS) is None
+    assert keepalives.for_beginning(taken, NEWER, ENDS) is None
+    assert keepalives.for_beginning(taken, ME, ENDS) is None
     late = Ends(FAR + timedelta(hours=1), ENDS.least + 3600)
-    assert result(taken, keepalives.for_namesake(taken, ME, late)).keepalives["amf-1"].expire_at > FAR
+    assert result(taken, keepalives.for_beginning(taken, ME, late)).keepalives["amf-1"].expire_at > FAR
+
+
+def test_of_a_dead_pod_that_may_still_issue_a_keepalive_is_the_agents_and_does_not_end() -> None:
+    """Whoever deletes it has Go pods claim what names it: the TTL monitor, or a `DeletePod` of its Go
+    namesake."""
+    assert keepalives.for_dead(table(), ME, ENDS) is None
+    pool = table(go_keepalive())
+    taken = result(pool, keepalives.for_dead(pool, ME, ENDS))
+    assert (taken.keepalives["amf-1"].mirrored, taken.keepalives["amf-1"].go_owner) == (ME, GO)
+    assert keepalives.for_dead(taken, ME, ENDS) is None
+    for shown in (ME, NEWER):
+        pool = table(mirror(shown, expire_at=NOW))
+        kept = result(pool, keepalives.for_dead(pool, ME, ENDS)).keepalives["amf-1"]
+        assert (kept.mirrored, kept.expire_at) == (shown, FAR)
 
 
 def test_a_pod_is_shown_by_its_own_mirror_alone() -> None:

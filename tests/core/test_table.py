@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from drsm_agent.core.documents import Chunk, Drsm, Owner, Session
 from drsm_agent.core.events import ALLOCATED, CLAIMED, DOWN, RELEASED, SCANNED, UP, Event, Version, coalesce
 from drsm_agent.core.table import GONE_SECONDS, SESSIONS, STAMPS, Change, Hashes, Table
-from drsm_agent.core.writes import claim, mirror_keepalive
+from drsm_agent.core.writes import claim, mirror_keepalive, note_silence, take_over_keepalive
 from drsm_agent.relay import event_body
 from drsm_agent.snapshots import PoolPages
 from drsm_sdk.mirror import Mirror, Verdict
@@ -358,7 +358,7 @@ def test_mirrors_are_no_events() -> None:
         fold(
             made(),
             put("amfid", mirror, 101),
-            delta("amfid", "amf-1", 102, {"expireAt": 9}),
+            delta("amfid", "amf-1", 102, {"expireAt": 9, "drsm.end": 9}),
             put("amfid", mirror, 103),
             gone("amfid", "amf-1", 104),
         )
@@ -435,6 +435,59 @@ def test_the_state_of_a_go_pod_with_chunks_is_a_function_of_the_documents() -> N
     assert seen == [(state, state) for state in expected]
 
 
+@pytest.mark.parametrize("wrote", [{"podIp": "10.0.0.9"}, {}])
+def test_a_go_pod_that_writes_no_instance_lives_by_its_renewals_too(wrote: dict[str, str]) -> None:
+    """The agent's own end beside the renewed one tells; what it does not write is not taken for its own."""
+    go = replace(AMF_1, instance="", ip=wrote.get("podIp", ""), incarnation=0)
+    table, its = made(), keepalive(go) | wrote
+    del its["podInstance"]
+    if not wrote:
+        del its["podIp"]
+    seen = fold(table, put("amfid", its, 101))
+    (taken,) = table.pools["amfid"].keepalives.values()
+    write = take_over_keepalive("amfid", taken, AMF_1, 50)
+    seen += fold(table, delta("amfid", "amf-1", 102, write.set))
+    assert table.pools["amfid"].keepalives["amf-1"].mirrored == AMF_1
+    signs = table.pools["amfid"].signs["amf-1"]
+    seen += fold(table, delta("amfid", "amf-1", 103, wrote | {"expireAt": 70}))
+    assert table.pools["amfid"].keepalives["amf-1"].go_owner == go
+    assert table.pools["amfid"].signs["amf-1"] == signs + 1
+    assert [(event.kind, event.owner) for event in seen] == [(UP, go)]
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [{"podIp": 5}, {"podIp": "x" * 65}, {"expireAt": "soon"}, {"podInstance": ["nf-9"]}, {"type": "odd"}],
+)
+def test_a_keepalive_that_could_not_be_read_is_there_again_once_a_go_pod_sets_its_fields(
+    harm: dict[str, Any],
+) -> None:
+    """The change tells only what differs, so the rest is remembered."""
+    table, fine = made(), keepalive(GO_POD)
+    fold(table, put("amfid", fine, 101))
+    events = fold(table, delta("amfid", "amf-go", 102, harm))
+    assert [event.kind for event in events] == [DOWN]
+    assert list(table.pools["amfid"].odd) == ["amf-go"]
+    healed = {name: fine[name] for name in harm} | {"expireAt": 9}
+    events = fold(table, delta("amfid", "amf-go", 103, healed))
+    assert [(event.kind, event.owner) for event in events] == [(UP, GO_POD)]
+    assert table.pools["amfid"].odd == {}
+    assert {"_id": "amf-go"} | table.pools["amfid"].keepalives["amf-go"].document == fine | {"expireAt": 9}
+
+
+def test_what_is_kept_of_documents_that_are_no_keepalives_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In size and number; one that is deleted is forgotten."""
+    monkeypatch.setattr("drsm_agent.core.table.ODD_MAX", 2)
+    table = made()
+    huge = {"type": "x" * 100_000, "podIp": "y" * 100_000, "beside": "z" * 100_000}
+    fold(table, *(put("amfid", {"_id": f"odd-{n}"} | huge, 101 + n) for n in range(3)))
+    odd = table.pools["amfid"].odd
+    assert list(odd) == ["odd-0", "odd-1"]
+    assert len(repr(odd)) < 200
+    fold(table, gone("amfid", "odd-0", 110))
+    assert list(odd) == ["odd-1"]
+
+
 def test_the_keepalives_address_is_that_of_a_go_pods_chunks() -> None:
     """A Go pod that starts anew under its name never writes its old chunks; what they say leads nowhere."""
     table, moved = made(), replace(GO_POD, ip="10.0.0.99")
@@ -493,6 +546,24 @@ def test_what_only_go_pods_knew_that_have_started_anew_is_new_again() -> None:
     assert pool.go_since == {"amf-go": 106, "amf-go-2": 107}
 
 
+def test_a_go_pod_that_is_silent_under_an_sdk_pods_name_still_knows_its_numbers() -> None:
+    """It may only stand still; and goes on as the process that it was."""
+    table = made()
+    pool, its = table.pools["amfid"], keepalive(replace(GO_POD, name=AMF_1.name))
+    fold(table, put("amfid", its, 101), put("amfid", chunk(1, AMF_1).document, 102))
+    fold(table, gone("amfid", "chunkid-1", 103))
+    taken = take_over_keepalive("amfid", pool.keepalives["amf-1"], AMF_1, 9)
+    fold(table, delta("amfid", "amf-1", 104, taken.set))
+    silent = note_silence("amfid", pool.keepalives["amf-1"], replace(GO_POD, name=AMF_1.name))
+    fold(table, delta("amfid", "amf-1", 105, silent.set))
+    assert (pool.has_go, pool.known_free) == (False, {1: 103})
+    fold(
+        table,
+        delta("amfid", "amf-1", 106, {"podInstance": GO_POD.instance, "podIp": GO_POD.ip, "expireAt": 20}),
+    )
+    assert (pool.go_since, pool.known_free) == ({"amf-1": 101}, {1: 103})
+
+
 def test_keepalives_that_were_deleted_of_late_are_remembered_for_a_minute() -> None:
     """By the database's time: whoever leads next has perhaps seen it, and Go pods may claim just then."""
     table, minute = made(), GONE_SECONDS << 32
@@ -502,7 +573,7 @@ def test_keepalives_that_were_deleted_of_late_are_remembered_for_a_minute() -> N
     fold(table, put("amfid", keepalive(AMF_1, mirror=True), 103), gone("amfid", "amf-1", 102 + minute))
     assert pool.gone == {"amf-1": 102 + minute}
     fold(table, put("amfid", keepalive(AMF_1, mirror=True), 103 + minute))
-    assert pool.gone == {}
+    assert pool.gone == {"amf-1": 102 + minute}  # Go pods have seen that it was
 
 
 def test_chunks_that_came_from_go_pods_are_found_by_their_names() -> None:
@@ -651,9 +722,16 @@ ADDRESSES = {owner.name: {"ip": owner.ip, "instance": owner.instance} for owner 
 
 def _ours(document: dict[str, Any]) -> bool:
     """Whether a keepalive is one of the agent's."""
-    return bool(
-        document["podInstance"] == f"drsm:{document['podId']}:{document.get('drsm', {}).get('incarnation')}"
-    )
+    drsm = document.get("drsm", {})
+    named = document["podInstance"] == f"drsm:{document['podId']}:{drsm.get('incarnation')}"
+    return bool(named and drsm.get("end") == document["expireAt"])
+
+
+def _of_go(document: dict[str, Any]) -> Owner:
+    """The Go pod that a keepalive of its own shows: one may have written no instance."""
+    instance = document["podInstance"]
+    instance = "" if instance.startswith("drsm:") else instance
+    return Owner(document["podId"], document["podIp"], instance, 0)
 
 
 class TableAgainstDocuments(RuleBasedStateMachine):
@@ -802,7 +880,9 @@ class TableAgainstDocuments(RuleBasedStateMachine):
     def show(self, step: int, pool: str, owner: Owner) -> None:
         """A keepalive: a Go pod's, or the mirror of a session; inserted or prolonged."""
         if (pool, owner.name) in self.documents:
-            self._update(step, pool, owner.name, expireAt=self.table.applied)
+            known, end = self.documents[pool, owner.name], self.table.applied
+            ours = {"drsm": known["drsm"] | {"end": end}} if _ours(known) else {}
+            self._update(step, pool, owner.name, expireAt=end, **ours)
         else:
             self._put(step, pool, keepalive(owner, mirror=bool(owner.incarnation)))
 
@@ -819,7 +899,7 @@ class TableAgainstDocuments(RuleBasedStateMachine):
         """A Go pod's keepalive becomes the mirror of an SDK pod, and says that the Go pod lives."""
         document = self.documents.get((pool, owner.name))
         if document and not _ours(document):
-            go = {"ip": document["podIp"], "instance": document["podInstance"]}
+            go = {"ip": document["podIp"], "instance": _of_go(document).instance}
             down = document.get("drsm", {}).get("silent") == document["expireAt"]
             fields = keepalive(owner, mirror=True)
             fields["drsm"] |= {"go": go | {"down": down}}
@@ -831,11 +911,13 @@ class TableAgainstDocuments(RuleBasedStateMachine):
         if (pool, owner.name) not in self.documents:
             self._put(step, pool, keepalive(owner, mirror=True))
 
-    @rule(step=_STEP, pool=_POOL, owner=st.sampled_from(_GO))
-    def take_name(self, step: int, pool: str, owner: Owner) -> None:
-        """A Go pod writes its fields over the keepalive of its name, whatever that is."""
+    @rule(step=_STEP, pool=_POOL, owner=st.sampled_from(_GO), bare=st.booleans())
+    def take_name(self, step: int, pool: str, owner: Owner, *, bare: bool) -> None:
+        """A Go pod writes its fields over the keepalive of its name, whatever that is; older ones wrote no
+        instance."""
         if (pool, owner.name) in self.documents:
-            fields = {"podIp": owner.ip, "podInstance": owner.instance, "expireAt": self.table.applied + 1}
+            instance = {} if bare else {"podInstance": owner.instance}
+            fields = instance | {"podIp": owner.ip, "expireAt": self.table.applied + 1}
             self._update(step, pool, owner.name, **fields)
 
     @rule(step=_STEP, pool=_POOL, name=st.sampled_from(["a", "b", "g"]))
@@ -944,7 +1026,7 @@ class TableAgainstDocuments(RuleBasedStateMachine):
             if told and not told["down"] and drsm["incarnation"]:
                 living[name, 0] = Owner(name, told["ip"], told["instance"], 0)
             elif told is None and drsm.get("silent") != document["expireAt"]:
-                living[name, 0] = Owner(name, document["podIp"], document["podInstance"], 0)
+                living[name, 0] = _of_go(document)
         return living
 
     def _told_down(self, pool: str) -> dict[tuple[str, int], Owner]:
@@ -955,7 +1037,7 @@ class TableAgainstDocuments(RuleBasedStateMachine):
             drsm, name = document.get("drsm", {}), document["podId"]
             if not _ours(document):
                 if drsm.get("silent") == document["expireAt"]:
-                    down[name, 0] = Owner(name, document["podIp"], document["podInstance"], 0)
+                    down[name, 0] = _of_go(document)
             elif drsm["incarnation"] == 0:
                 down[name, 0] = Owner(name, drsm["ip"], drsm["instance"], 0)
             elif drsm.get("go", {}).get("down"):

@@ -11,10 +11,10 @@ from drsm_agent.core.documents import (
     GO_OWNERS_MAX,
     Chunk,
     Drsm,
+    GoState,
     Keepalive,
     Owner,
     Session,
-    Told,
     merge,
     read_chunk,
     read_keepalive,
@@ -341,7 +341,13 @@ def test_a_mirror_shows_a_session_to_go_pods() -> None:
         "podIp": "10.0.0.7",
         "podInstance": f"drsm:amf-1:{ME.incarnation}",
         "expireAt": 12345,
-        "drsm": {"pod": "amf-1", "ip": "10.0.0.7", "instance": "nf-1", "incarnation": ME.incarnation},
+        "drsm": {
+            "pod": "amf-1",
+            "ip": "10.0.0.7",
+            "instance": "nf-1",
+            "incarnation": ME.incarnation,
+            "end": 12345,
+        },
     } == MIRROR
     assert read(MIRROR).mirrored == ME
 
@@ -402,7 +408,7 @@ def test_a_mirror_beside_a_go_pod_is_the_go_pods_keepalive_again_once_it_renews(
     assert (taken.mirrored, taken.expire_at, taken.go_down) == (ME, 99, False)
     assert taken.go_owner == replace(ME, incarnation=0)
     renewed = read(merge(taken.document | {"_id": "amf-1"}, GO | {"expireAt": 120}))
-    assert (renewed.by_go, renewed.go_owner) == (True, replace(ME, incarnation=0))
+    assert (renewed.mirrored, renewed.go_owner) == (None, replace(ME, incarnation=0))
 
 
 def test_a_silent_go_pods_keepalive_is_its_own_until_it_renews() -> None:
@@ -417,13 +423,13 @@ def test_a_mirror_that_was_a_go_pods_keepalive_says_that_it_is_down() -> None:
     incarnation makes of it."""
     silent = merge(GO_KEEPALIVE, w.note_silence("amfid", read(GO_KEEPALIVE), GO_POD).set)
     taken = read(merge(silent, w.take_over_keepalive("amfid", read(silent), ME, 99).set))
-    told = Told(replace(ME, incarnation=0), down=True)
-    assert (taken.mirrored, taken.expire_at, taken.go_told) == (ME, 99, told)
+    told = GoState(replace(ME, incarnation=0), down=True)
+    assert (taken.mirrored, taken.expire_at, taken.go_state) == (ME, 99, told)
     said = read(merge(taken.document, w.prolong_keepalive("amfid", taken, 199).set) | {"_id": "amf-1"})
-    assert (said.expire_at, said.go_told) == (199, told)
+    assert (said.expire_at, said.go_state) == (199, told)
     write = w.take_over_keepalive("amfid", said, NEWER, 299)
     newer = read(merge(said.document, write.set) | {"_id": "amf-1"})
-    assert (newer.mirrored, newer.go_told) == (NEWER, told)
+    assert (newer.mirrored, newer.go_state) == (NEWER, told)
     write = w.forget_go("amfid", newer, NEWER)
     assert not read(merge(newer.document, write.set) | {"_id": "amf-1"}).go_down
 

@@ -529,6 +529,27 @@ async def test_documents_without_all_fields_are_read_and_claimed(
             await chunk(documents, 7, lambda d: d["podId"] == "amf-1")
 
 
+async def test_a_keepalive_that_cannot_be_read_is_told_once_and_counts_again_once_its_go_pod_heals_it(
+    domain: Domain, documents: Collection
+) -> None:
+    """The Go pod sets its own fields, and the stream tells those that differ. Until then nothing is written
+    in its place."""
+    go = GoPod(documents, "amf-2")
+    await go.allocate(700)
+    await go.renew()
+    with capture_logs() as logs:
+        async with domain.served(**UNHURRIED) as asking:
+            await documents.update_one({"_id": "amf-2"}, {"$set": {"podIp": 5}})
+            await eventually(lambda: any(log["event"] == "keepalive_in_the_way" for log in logs))
+            await asyncio.sleep(5 * mirrors.CHECK_INTERVAL)
+            assert sum(log["event"] == "keepalive_in_the_way" for log in logs) == 1
+            await go.renew()
+            await asking.seen(lambda: [u.pod.ip for u in asking.of(m.PodUp)][-1:] == ["10.0.0.9"])
+            answer = await owner(asking, 700)
+            assert answer.owner is not None
+            assert answer.owner.state == "live"
+
+
 @pytest.mark.parametrize(("seconds", "found"), [(None, "no index"), (60, "expireAfterSeconds 60")])
 async def test_a_ttl_index_that_is_missing_or_another_is_told(
     domain: Domain, documents: Collection, seconds: int | None, found: str

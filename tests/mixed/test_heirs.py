@@ -1,12 +1,13 @@
 """An SDK pod is gone and only Go pods remain: they claim its chunks once its mirror goes, and only then."""
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
 
 from drsm_agent import mirrors
-from tests.mixed.fleet import GO_SEEN_SECONDS, PATIENT, TEST_SECONDS, Fleet, expect
+from tests.mixed.fleet import GO_SEEN_SECONDS, PATIENT, TEST_SECONDS, Fleet, expect, looked_at, owner_of
 
 pytestmark = pytest.mark.timeout(TEST_SECONDS)
 SOON_SECONDS = 30.0
@@ -50,6 +51,37 @@ async def test_the_chunks_of_an_sdk_pod_that_died_are_left_to_go_pods_once_nobod
     killed = clock.time()
     await fleet.until(
         "all at the Go pod", lambda owners: set(owners.values()) == {"amf-1"}, HOLD_SECONDS + SOON_SECONDS / 2
+    )
+    assert clock.time() - killed >= HOLD_SECONDS
+
+
+async def test_the_end_of_a_go_pod_of_its_name_shows_nobody_the_death_of_an_sdk_pod_that_may_still_issue(
+    fleet: Fleet,
+) -> None:
+    """Its Go namesake goes on renewing after the SDK pod's death, and then ends too; an AMF that hears of it
+    calls `DeletePod`. What names the pod stays until nobody can issue from it."""
+    await fleet.agent(**TWENTY)
+    record, demux = await fleet.record(), await fleet.demux()
+    peer, namesake = await fleet.go("amf-1"), await fleet.go("amf-2", instance="nf-2")
+    await namesake.allocate(10)
+    await fleet.renewed(namesake)
+    victim = await fleet.process("amf-2")
+    ids = await victim.allocate(10)
+    clock = asyncio.get_running_loop()
+    await victim.kill()
+    killed = clock.time()
+    await expect("its death", lambda: owner_of(demux, ids[0]).state == "down", SOON_SECONDS)
+    await record.renewed("amf-2", 1)
+    await looked_at(
+        "the answer to it",
+        partial(fleet.keepalive, "amf-2"),
+        lambda keepalive: keepalive["podInstance"].startswith("drsm:"),
+    )
+    await namesake.kill()
+    await peer.delete_pod("nf-2")
+    assert record.deletes("amf-2") == []
+    await fleet.until(
+        "all at the peer", lambda owners: set(owners.values()) == {"amf-1"}, HOLD_SECONDS + GO_SEEN_SECONDS
     )
     assert clock.time() - killed >= HOLD_SECONDS
 

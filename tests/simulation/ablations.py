@@ -65,6 +65,7 @@ from tests.simulation.profiles import (
     SLOW_TO_SHOW,
     STANDSTILLS,
     STOPS,
+    SURVIVED,
     WAVERING,
 )
 from tests.simulation.world import ANY, Profile
@@ -168,17 +169,27 @@ def _keepalive_of_the_name(seen: Any) -> Document:
     return _without(_keepalive_guard(seen), "podInstance", "expireAt")
 
 
-_for_living, _take_over = keepalives.for_living, writes.take_over_keepalive
+_for_living, _for_dead, _take_over = (
+    keepalives.for_living,
+    keepalives.for_dead,
+    writes.take_over_keepalive,
+)
 
 
 def _left_to_the_go_pod(pool: Any, owner: Any, ends: Any) -> Any:
     seen = pool.keepalives.get(owner.name)
-    return None if seen and seen.by_go and not seen.go_down else _for_living(pool, owner, ends)
+    return None if seen and seen.mirrored is None and not seen.go_down else _for_living(pool, owner, ends)
+
+
+def _only_while_it_lives(pool: Any, owner: Any, ends: Any) -> Any:
+    return None if owner.key in pool.held else _for_dead(pool, owner, ends)
 
 
 def _only_put_off(pool: str, seen: Any, owner: Any, expire_at: Any) -> writes.Update:
     write = _take_over(pool, seen, owner, expire_at)
-    return replace(write, set={"expireAt": expire_at}) if seen.by_go and not seen.go_down else write
+    return (
+        replace(write, set={"expireAt": expire_at}) if seen.mirrored is None and not seen.go_down else write
+    )
 
 
 _wanted, _new_session, _numbers = allocations._Wanted, Sessions._new_session, itertools.count()
@@ -332,7 +343,7 @@ BESIDE_GO: tuple[Ablation, ...] = (
         "F1",
         MIGRATION,
         (
-            (keepalives, "for_namesake", lambda *_: None),
+            (keepalives, "for_beginning", lambda *_: None),
             (keepalives, "for_living", _left_to_the_go_pod),
             (Mirrors, "may_receive", lambda *_: True),
         ),
@@ -360,7 +371,7 @@ BESIDE_GO: tuple[Ablation, ...] = (
         "F2",
         LATE_DELETES,
         ((writes, "_keepalive_guard", _keepalive_of_the_name),),
-        hint=23,
+        hint=35,
     ),
     Ablation(
         "no keepalive before the first grant",
@@ -381,7 +392,7 @@ BESIDE_GO: tuple[Ablation, ...] = (
         "F2",
         ROLLBACK,
         ((keepalives, "go_writes_under", lambda *_: False),),
-        hint=24,
+        hint=2,
     ),
     Ablation(
         "a mirror stays as long as chunks name it",
@@ -389,7 +400,14 @@ BESIDE_GO: tuple[Ablation, ...] = (
         LAST_ONES,
         ((Mirrors, "_is_for_go", lambda *_: False),),
     ),
-    Ablation("a death is shown once", "F4", MISSED, ((Mirrors, "_shown_again", _nothing),), hint=1),
+    Ablation(
+        "a dead pod's name is its Go namesake's at once",
+        "F4",
+        SURVIVED,
+        ((keepalives, "for_dead", _only_while_it_lives),),
+        hint=7,
+    ),
+    Ablation("a death is shown once", "F4", MISSED, ((Mirrors, "_shown_again", _nothing),), hint=2),
     Ablation(
         "a chunk forgets the Go pod that it came from",
         "F6",
@@ -405,7 +423,7 @@ BESIDE_GO: tuple[Ablation, ...] = (
         "F6",
         STANDSTILLS,
         ((GoPods, "_move_back", _nothing),),
-        hint=17,
+        hint=19,
     ),
     Ablation(
         "numbers as without Go pods", "F3", CROWDED, ((Allocations, "_numbers", _numbers_alone),), hint=22
@@ -514,7 +532,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "R6",
         LAGGING,
         ((Leader, "_stamp", _no_barrier),),
-        hint=3,
+        hint=5,
     ),
     Ablation(
         "a renewal counts after death was decided",
@@ -571,7 +589,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         hint=12,
     ),
     Ablation(
-        "a repeated open is a new one", "repeats", LOSSES, ((Sessions, "_new_session", _opened_anew),), hint=3
+        "a repeated open is a new one", "repeats", LOSSES, ((Sessions, "_new_session", _opened_anew),), hint=1
     ),
     Ablation(
         "a new leader publishes nothing of what the old one left",

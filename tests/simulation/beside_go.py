@@ -7,7 +7,8 @@ Exempt is what nobody can promise, as a Go pod has no lease and asks nobody:
   `GO_SILENCE` and half of the Go pods' hold (`GoLife.loose`): SDK pods may have begun to issue from them.
   And ids that two Go pods issue, one of which has claimed the other's chunk: the original has no hold.
 - G2: a living SDK pod's chunk that a Go pod takes later than `SETTLES` after the delete that it has seen: it
-  stood still in between.
+  stood still in between. And one that it takes after a delete of its living Go namesake's own keepalive, if
+  no agent has led since that was renewed.
 """
 
 from collections.abc import Iterable
@@ -68,6 +69,10 @@ class MixedObserver(Observer):
     given_back: int = 0
     _chunks: dict[int, Chunk] = field(default_factory=dict)
     _keepalives: dict[str, Keepalive] = field(default_factory=dict)
+    _go_own_since: dict[str, float] = field(default_factory=dict)
+    """Since when a keepalive is a Go pod's own."""
+    _unanswered: set[tuple[str, int]] = field(default_factory=set)
+    """Deletes of keepalives that no leader could yet make the agent's."""
     _deletes: dict[tuple[str, int], float] = field(default_factory=dict)
     _deleted_at: dict[str, float] = field(default_factory=dict)
     _live_since: dict[str, float] = field(default_factory=dict)
@@ -158,13 +163,18 @@ class MixedObserver(Observer):
 
     def _taken_from_ours(self, n: int, former: Key, hand: Hand) -> None:
         """By a Go pod, or given back to one."""
-        if former[1] in self._dead_at:
-            return
         if hand.cause is None:
-            self.given_back += 1
+            self.given_back += former[1] not in self._dead_at
             return
-        since = self.clock() - self._deletes[hand.cause.key, hand.cause.at]
-        if since >= mirrors.SETTLES * (1 - 2 * lease.RATE):
+        delete = hand.cause.key, hand.cause.at
+        if (died := self._dead_at.get(former[1])) is not None:
+            since = self.clock() - died
+            early = former[1] in self._expired and since < self.lead * (1 - 2 * lease.RATE)
+            if early and delete not in self._unanswered:
+                self.broken("F4", f"Go pod {hand.who} has taken chunk {n} {since:.2f} s after {former} died")
+            return
+        since = self.clock() - self._deletes[delete]
+        if delete in self._unanswered or since >= mirrors.SETTLES * (1 - 2 * lease.RATE):
             self.late_claims += 1
         else:
             what = f"{since:.2f} s after the keepalive of {hand.cause.key} was deleted"
@@ -207,6 +217,10 @@ class MixedObserver(Observer):
         old, new = self._keepalives.pop(key, None), read_keepalive(document) if document else None
         if new is not None:
             self._keepalives[key] = new
+        if new is not None and new.mirrored is None:
+            self._go_own_since.setdefault(key, self.clock())
+        elif new is not None:
+            self._go_own_since.pop(key, None)
         alive = new is not None and new.go_owner is not None and not new.go_down
         if alive:
             self._live_since.setdefault(key, self.clock())
@@ -217,6 +231,8 @@ class MixedObserver(Observer):
         if new is None and old is not None:
             self.note("mongodb", f"keepalive of {key} ({old.instance}) is deleted by {who}")
             self._deleted_at[key] = self._deletes[key, change.at] = self.clock()
+            if not self._was_answered(key):
+                self._unanswered.add((key, change.at))
             self._check_delete(key, old, hand)
         elif new is not None:
             if old is None or old.instance != new.instance or old.go_down != new.go_down:
@@ -224,6 +240,12 @@ class MixedObserver(Observer):
                 self.note("mongodb", f"keepalive of {key} is {new.instance}'s{state}, by {who}")
             if not hand.who and (old is None or old.expire_at != new.expire_at):
                 self._check_end(key, new)
+
+    def _was_answered(self, key: str) -> bool:
+        """Whether a keepalive that is deleted was the agent's, or a leader had the time to make it that."""
+        _, led_since, spoke = self._led
+        became = self._go_own_since.pop(key, float("-inf"))
+        return became == float("-inf") or spoke >= max(became, led_since) + SEEN
 
     def _check_end(self, key: str, new: Keepalive) -> None:
         left = new.expire_at.timestamp() - self.database.seconds
@@ -249,7 +271,7 @@ class MixedObserver(Observer):
                 self.broken(
                     "F2", f"the mirror of {key} was deleted, and Go pod {key}, which lives, has chunks"
                 )
-        if owner is None and old.by_go and old.expire_at.timestamp() > self.database.seconds:
+        if owner is None and old.mirrored is None and old.expire_at.timestamp() > self.database.seconds:
             self.broken("F14", f"the keepalive of Go pod {key} was deleted by an agent before its end")
 
     def _check_shown(self, key: Key) -> None:

@@ -318,6 +318,21 @@ class MixedWorld(World):
             self._number_of_pods(1)
             self._start_pod_again(actor.pod.name)
 
+    def _beside_sdk(self) -> None:
+        """A Go pod starts under the name of an SDK pod that lives."""
+        taken = {actor.pod.name for actor in self.go}
+        if actor := self._pick([pod for pod in self.pods if pod.machine.name not in taken]):
+            self.go_number += 1
+            self._start_go_again(actor.machine.name)
+
+    def _end_namesake(self) -> None:
+        """A Go pod that has an SDK pod's name is killed, and another one hears that its instance is down."""
+        names = {pod.machine.name for pod in self.pods}
+        actor = self._pick([actor for actor in self.go if actor.pod.name in names])
+        if actor and (caller := self._pick([other for other in self.go if other is not actor])):
+            self._go_ends(actor, "is killed, of an SDK pod's name")
+            caller.machine.node.start(self._guard(self._told_down(caller.pod, actor.pod.instance)))
+
     def _end_sdk(self) -> None:
         """All SDK pods end for good."""
         self._number_of_pods(-self.numbers[0])

@@ -368,6 +368,22 @@ LAST_ONES = replace(
 )
 """All SDK pods end, and only Go pods can claim what they had."""
 
+SURVIVED = replace(
+    LAST_ONES,
+    name="survived",
+    faults={"beside_sdk": 3, "cut_pod": 3, "end_namesake": 3},
+    weather=Weather(),
+    doubt=0.0,
+    lag=0.0,
+    pods=(1,),
+    storms=(20.0,),
+    paces=(0.7, 1.0),
+    cuts=(4.0, 7.0),
+    idle=0.0,
+    go=BesideGo(pods=(2, 3), monitors=(0.3, 1.0), away=(0.1, 4.0)),
+)
+"""The only SDK pod is cut off and goes on issuing, and a Go pod of its name ends."""
+
 MISSED = replace(
     LAST_ONES,
     name="missed",
@@ -454,6 +470,7 @@ PROFILES = {
         ROLLBACK,
         LATE_DELETES,
         LAST_ONES,
+        SURVIVED,
         MISSED,
         SCANNING,
         STANDSTILLS,

@@ -13,8 +13,8 @@ from drsm_agent.core.documents import (
     OPENED,
     Chunk,
     Document,
+    GoState,
     Keepalive,
-    Told,
     read_chunk,
     read_keepalive,
     read_session,
@@ -321,19 +321,19 @@ async def test_a_go_pods_keepalive_is_taken_over_and_its_own_again_once_it_renew
     seen, owner = await _keepalive(store), replace(POD, incarnation=0)
     assert await only(store, writes.take_over_keepalive(POOL, seen, POD, LATER)) == 1
     taken = await _keepalive(store)
-    assert (taken.mirrored, taken.expire_at, taken.go) == (POD, LATER, Told(owner, down=False))
+    assert (taken.mirrored, taken.expire_at, taken.go) == (POD, LATER, GoState(owner, down=False))
     renewed = LATER + timedelta(seconds=1)
     await store.write([setting(POOL, POD.name, expireAt=renewed, podInstance=POD.instance)])
     assert await only(store, writes.prolong_keepalive(POOL, taken, LATER)) == 0
     assert await only(store, writes.note_silence(POOL, taken, owner)) == 0
     assert await only(store, writes.delete_keepalive(POOL, taken)) == 0
     seen = await _keepalive(store)
-    assert seen.by_go
+    assert seen.mirrored is None
     assert await only(store, writes.note_silence(POOL, seen, owner)) == 1
     assert (await _keepalive(store)).go_down
     assert await only(store, writes.take_over_keepalive(POOL, await _keepalive(store), POD, LATER)) == 1
     taken = await _keepalive(store)
-    assert (taken.mirrored, taken.go) == (POD, Told(owner, down=True))
+    assert (taken.mirrored, taken.go) == (POD, GoState(owner, down=True))
 
 
 async def test_a_chunk_without_all_of_gos_fields_is_claimed_as_it_was_seen(store: AnyStore) -> None:
