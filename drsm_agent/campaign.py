@@ -60,10 +60,11 @@ class Campaign:
             await asyncio.sleep(self._parts.chance.jitter(min(LOOK_MAX, self._election.period)))
 
     async def _try_to_win(self) -> bool:
-        record = writes.read_leader(await self._parts.store.read(writes.LEADER))
-        sent = self._parts.clock()
+        documents = await self._parts.store.read(writes.LEADER)
+        record, sent = writes.read_leader(documents), self._parts.clock()
         if record and record.holder and record != self._election.seen:
-            self.led_at = sent
+            if writes.is_served(documents, record):
+                self.led_at = sent
             if (record.holder, record.term) != self._following:
                 self._following = (record.holder, record.term)
                 log.info("following", leader=record.holder, term=record.term)

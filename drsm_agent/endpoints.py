@@ -154,11 +154,11 @@ class Endpoints:
         return self._requests
 
     async def _send_snapshot(self, incoming: Incoming, route: Route, *, as_json: bool) -> None:
-        """All pages at one version, then an empty message; paced by what the server has taken."""
+        """All pages at one version, then what says so; paced by what the server has taken."""
         pool = self._serving().pool(route.pool or "")
         if not incoming.reply:
             return
-        headers = {"Content-Type": "application/json" if as_json else m.CONTENT_TYPE}
+        headers = {m.CONTENT_TYPE_HEADER: m.JSON_CONTENT_TYPE if as_json else m.CONTENT_TYPE}
 
         under_way = 0
 
@@ -171,14 +171,14 @@ class Endpoints:
                 await self._bus.carried()
                 under_way = 0
 
-        await self._snapshots.send(pool, self._bus.max_payload, send, as_json=as_json)
-        await self._bus.publish(incoming.reply, b"")
+        end = await self._snapshots.send(pool, self._bus.max_payload, send, as_json=as_json)
+        await self._reply(incoming, codec.to_map(end), as_json=as_json)
 
     async def _reply(self, incoming: Incoming, body: dict[str, Any], *, as_json: bool) -> None:
         if not incoming.reply:
             return
         self._lead.check()
-        headers = {"Content-Type": "application/json" if as_json else m.CONTENT_TYPE}
+        headers = {m.CONTENT_TYPE_HEADER: m.JSON_CONTENT_TYPE if as_json else m.CONTENT_TYPE}
         await self._bus.publish(incoming.reply, codec.encode(body | self._stamp, as_json=as_json), headers)
 
     async def _refuse(self, incoming: Incoming, route: Route, error: Refused) -> None:
@@ -187,7 +187,7 @@ class Endpoints:
         failure = error.failure
         as_json = codec.is_json(incoming.data)
         headers = {
-            "Content-Type": "application/json" if as_json else m.CONTENT_TYPE,
+            m.CONTENT_TYPE_HEADER: m.JSON_CONTENT_TYPE if as_json else m.CONTENT_TYPE,
             m.ERROR_CODE_HEADER: str(failure.code),
             m.ERROR_HEADER: failure.message.encode("ascii", "replace").decode()[:200],
         }

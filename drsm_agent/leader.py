@@ -203,6 +203,7 @@ class Leader:
             serving = await self._subscribed(parts.subjects.all_requests, endpoints)
             subscriptions.push_async_callback(serving.stop)
             await probed.stop()
+            await _retrying(lambda: self._tell_standbys(lead))
             self.leading.set()
             parts.metrics.leading.set(1)
             log.info("serving", term=lead.term, history=relay.history)
@@ -210,6 +211,12 @@ class Leader:
                 await asyncio.Event().wait()
             finally:
                 parts.feed.on_change = None
+
+    async def _tell_standbys(self, lead: Lead) -> None:
+        """Whoever has won a lead and cannot serve, as NATS does not carry it, makes no standby ready."""
+        lead.check()
+        if mine := self._election.mine:
+            await self._parts.store.write([writes.note_serving(mine)])
 
     async def _resume_restore(self, lead: Lead, before: Restored, anew: Restored) -> Restored:
         """The next lead takes reports: its sessions are told by their terms from those who report."""

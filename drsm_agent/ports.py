@@ -154,8 +154,11 @@ class Bus(Protocol):
     async def flush(self) -> None:
         """The same for events: BusUnavailable also if the server refused one since the last flush."""
 
-    async def request(self, subject: str, data: bytes, timeout: float) -> bytes:
-        """Ask and wait for one answer. Raises BusUnavailable without one after `timeout` seconds."""
+    async def request(
+        self, subject: str, data: bytes, timeout: float, wanted: Callable[[bytes], bool]
+    ) -> bytes:
+        """Ask and wait for the first answer that is `wanted`. Raises BusUnavailable without one after
+        `timeout` seconds."""
 
     async def broken(self) -> str:
         """Returns the reason once the connection is closed for good, and not before."""

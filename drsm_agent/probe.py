@@ -21,11 +21,10 @@ PROBES_PER_LEAD = 3
 BLIND_SHARE = 0.25
 """Of `L`: after being unhealthy for so long there may be leases that only ran out as nobody was heard."""
 
+SHOWN_MAX = 60
+"""Bytes of a stranger's answer in the log."""
+
 log = structlog.get_logger("drsm_agent.probe")
-
-
-class _NotMine(Exception):
-    """Somebody else answered: no sign of health, but NATS carries messages."""
 
 
 class Probe:
@@ -51,6 +50,7 @@ class Probe:
         """Since when no answer was young enough, if that lies in the past."""
         self._was_healthy = self._recovered = self._failing = False
         self._error: Exception | None = None
+        self._strangers = False
         self.answered = asyncio.Event()
 
     def healthy(self, now: float) -> bool:
@@ -81,17 +81,35 @@ class Probe:
     async def _ask(self) -> None:
         sent, nonce = self._clock(), self._chance.token()
         request = codec.encode(codec.to_map(messages.Probe(nonce)))
+
+        def mine(answer: bytes) -> bool:
+            """Somebody else's answer is no sign of health, but NATS carries messages."""
+            self._carried = self._clock()
+            return self._is_mine(answer, nonce)
+
         try:
-            body = codec.decode(await self._bus.request(self._subject, request, self._patience))
-            if (body.get("agent"), body.get("nonce")) != (self._agent, nonce):
-                raise _NotMine("another agent answered")
+            await self._bus.request(self._subject, request, self._patience, mine)
         except BusUnavailable as error:
             self._error = error
-        except (_NotMine, codec.DecodeError) as error:
-            self._error, self._carried = error, self._clock()
         else:
-            self._carried = self._clock()
             self._heard(sent, self._carried)
+
+    def _is_mine(self, answer: bytes, nonce: str) -> bool:
+        try:
+            body = codec.decode(answer)
+        except codec.DecodeError:
+            body = {}
+        if (body.get("agent"), body.get("nonce")) == (self._agent, nonce):
+            return True
+        if "agent" not in body and not self._strangers:
+            self._strangers = True
+            log.warning(
+                "answered_by_others",
+                answer=repr(answer[:SHOWN_MAX]),
+                action="a JetStream stream that records drsm.> acknowledges requests to who asked: make it "
+                "anew with --no-ack, or clients of other kinds take its answers for the agent's",
+            )
+        return False
 
     def _heard(self, sent: float, now: float) -> None:
         if not self.answered.is_set():

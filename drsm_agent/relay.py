@@ -271,7 +271,7 @@ class Relay:
             at=round(self._wall_clock() * 1000),
         )
         headers = {
-            "Content-Type": messages.CONTENT_TYPE,
+            messages.CONTENT_TYPE_HEADER: messages.CONTENT_TYPE,
             messages.SUMMARY_HEADER: messages.summary(head, body),
         }
         if token:

@@ -104,14 +104,16 @@ class Snapshots:
 
     async def send(
         self, pool: PoolTable, max_payload: int, send: Callable[[bytes], Awaitable[None]], *, as_json: bool
-    ) -> None:
+    ) -> m.SnapshotEnd:
         """Hand the pages to `send` one by one, all as `pool` is when this asker's turn comes; others have
-        theirs between two pages. Raises Refused when too many ask at once, and what `send` raises."""
+        theirs between two pages. Returns what says that these were all. Raises Refused when too many ask at
+        once, and what `send` raises."""
         async with self._turn():
             encoded = self._encoded(pool, _Key(pool.version, max_payload, as_json))
             for number in range(encoded.count):
                 await asyncio.sleep(0)
                 await send(encoded.message(number))
+            return m.SnapshotEnd(encoded.key.version, encoded.count)
 
     def _encoded(self, pool: PoolTable, key: _Key) -> _Encoded:
         kept = self._kept.get(pool.name)

@@ -27,7 +27,15 @@ from nats.aio.subscription import Subscription as NatsSubscription
 from drsm_sdk.ambient import Backoff, Chance
 from drsm_sdk.errors import BadRequest
 from drsm_sdk.tasks import Tasks
-from drsm_sdk.transport import Callback, Message, NoAnswer, NoResponders, NotConnected, TooLarge
+from drsm_sdk.transport import (
+    Callback,
+    Message,
+    NoAnswer,
+    NoResponders,
+    NotConnected,
+    TooLarge,
+    anything,
+)
 from drsm_sdk.wire.server_url import ServerUrl
 
 log = logging.getLogger("drsm_sdk")
@@ -41,6 +49,8 @@ REFUSED_RETRY = 10.0  # seconds between two tries of a subscription that the ser
 FORBIDDEN_MAX = 100  # subjects that it does not allow, remembered for who waits there in vain
 HEADERS_MAX = 1024  # what a message's headers may add to its size
 NO_RESPONDERS = "503"
+Expected = tuple[asyncio.Future[Message], Callable[[Message], bool]]
+"""What will be the answer, and whether a message is one."""
 SCHEMES = ("", "nats", "tls", "ws", "wss")
 _REFUSAL = re.compile('permissions violation for (publish|subscription) to "([^"]*)"', re.IGNORECASE)
 OPTIONS = frozenset(inspect.signature(Client.connect).parameters) - {"self", "servers"}
@@ -145,7 +155,7 @@ class NatsTransport:
     _said: dict[str, None] = field(default_factory=dict)
     _forbidden: dict[str, str] = field(default_factory=dict)
     _inbox: _Subscription | None = None
-    _expected: dict[str, asyncio.Future[Message]] = field(default_factory=dict)
+    _expected: dict[str, Expected] = field(default_factory=dict)
     _last_error: str = "no server answered"
 
     def __post_init__(self) -> None:
@@ -193,10 +203,12 @@ class NatsTransport:
                 await subscription.place(self._client)
         return subscription
 
-    async def request(self, subject: str, data: bytes, timeout: float) -> Message:
+    async def request(
+        self, subject: str, data: bytes, timeout: float, wanted: Callable[[Message], bool] = anything
+    ) -> Message:
         client = self._usable(data)
         try:
-            async with asyncio.timeout(timeout), self._expecting(client) as (inbox, answer):
+            async with asyncio.timeout(timeout), self._expecting(client, wanted) as (inbox, answer):
                 await client.publish(subject, data, reply=inbox)
                 message = await answer
         except TimeoutError:
@@ -209,7 +221,9 @@ class NatsTransport:
         return message
 
     @contextlib.asynccontextmanager
-    async def _expecting(self, client: Client) -> AsyncIterator[tuple[str, asyncio.Future[Message]]]:
+    async def _expecting(
+        self, client: Client, wanted: Callable[[Message], bool]
+    ) -> AsyncIterator[tuple[str, asyncio.Future[Message]]]:
         """A subject of our own and what will come on it. (nats-py's own requests wait in a way that can
         swallow a cancellation on Python 3.11: a task of a session that is over would go on for ever.)"""
         if self._inbox is None:
@@ -218,15 +232,16 @@ class NatsTransport:
         if self._inbox.client is not client:  # and not when it was refused, which would be at each request
             await self._inbox.place(client)
         subject = self._inbox.subject.replace("*", self.chance.token())
-        self._expected[subject] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._expected[subject] = answer, wanted
         try:
-            yield subject, self._expected[subject]
+            yield subject, answer
         finally:
             del self._expected[subject]
 
     def _answered(self, message: Message) -> None:
-        answer = self._expected.get(message.subject)
-        if answer is not None and not answer.done():
+        answer, wanted = self._expected.get(message.subject, (None, None))
+        if answer is not None and wanted is not None and not answer.done() and wanted(message):
             answer.set_result(message)
 
     async def request_many(

@@ -6,14 +6,16 @@ what it means. Answers of a lower term than one already seen come from a fallen 
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from drsm_sdk.ambient import Backoff, Chance, Clock
 from drsm_sdk.errors import AgentUnavailable, BadRequest, DrsmError, from_failure
-from drsm_sdk.transport import Message, TooLarge, Transport, TransportError
+from drsm_sdk.transport import Message, NoAnswer, TooLarge, Transport, TransportError
 from drsm_sdk.wire import codec
-from drsm_sdk.wire.messages import ERROR_CODE_HEADER, ERROR_HEADER, Failure, Stamp
+from drsm_sdk.wire.messages import ERROR_CODE_HEADER, ERROR_HEADER, Failure, Stamp, of_an_agent
 
 log = logging.getLogger("drsm_sdk")
 
@@ -25,6 +27,10 @@ TERM_BELIEVED = 30.0
 repeats its own with every sync, and one that has fallen is silent long before; but a forged one must not
 make every later answer useless."""
 RETRY_FIRST, RETRY_MOST = 0.05, 0.5
+STRANGER = (
+    "somebody who is no agent answered; a JetStream stream that records these subjects? Make it anew with "
+    "--no-ack (no_ack)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,7 @@ class Rpc:
     term: int = 0
     trouble: str = ""
     _said_at: float = float("-inf")
+    _strangers: int = 0
 
     def saw(self, term: int) -> None:
         """A message of a leader with this term came."""
@@ -76,7 +83,27 @@ class Rpc:
                 "too_large",
             )
         sent = self.clock()
-        return self.read(await self.transport.request(subject, data, timeout), kind, pool=pool, sent=sent)
+        with self.naming_strangers():
+            reply = await self.transport.request(subject, data, timeout, self.is_answer)
+        return self.read(reply, kind, pool=pool, sent=sent)
+
+    @contextmanager
+    def naming_strangers(self) -> Iterator[None]:
+        """That no answer came is explained by others' answers meanwhile: NATS may deliver only the first."""
+        strangers = self._strangers
+        try:
+            yield
+        except NoAnswer as error:
+            raise NoAnswer(f"{error}; {STRANGER}") if self._strangers > strangers else error from None
+
+    def is_answer(self, reply: Message) -> bool:
+        """Whether a reply is an agent's. Who is none may answer before it, and is passed over; said once."""
+        if of_an_agent(reply.headers, reply.data):
+            return True
+        if not self._strangers:
+            log.warning("passed over an answer of %.60r on a request: %s", reply.data, STRANGER)
+        self._strangers += 1
+        return False
 
     async def call(
         self, subject: str, request: Any, kind: type[M], timeout: float, *, pool: str = ""

@@ -40,6 +40,11 @@ class Message:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+def anything(_: Message) -> bool:
+    """Wants whatever comes."""
+    return True
+
+
 Callback = Callable[[Message], None]
 """Called in the event loop for each message, in order; must neither wait nor raise."""
 
@@ -70,9 +75,11 @@ class Transport(Protocol):
     async def subscribe(self, subject: str, callback: Callback) -> Subscription:
         """Call `callback` for each message, over all later connections too."""
 
-    async def request(self, subject: str, data: bytes, timeout: float) -> Message:
-        """Ask and wait up to `timeout` seconds for one answer. Raises NotConnected, NoResponders, NoAnswer
-        or TooLarge."""
+    async def request(
+        self, subject: str, data: bytes, timeout: float, wanted: Callable[[Message], bool] = anything
+    ) -> Message:
+        """Ask and wait up to `timeout` seconds for the first answer that is `wanted`. Raises NotConnected,
+        NoResponders, NoAnswer or TooLarge."""
 
     async def request_many(
         self, subject: str, data: bytes, timeout: float, done: Callable[[Message], bool]

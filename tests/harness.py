@@ -168,12 +168,12 @@ class Requester:
         return await self.ask(self.subjects.pool(pool, "acquire"), request, m.Acquired, timeout)
 
     async def snapshot(self, pool: str = POOL) -> list[m.SnapshotPage]:
-        """All pages of a snapshot, the empty message at its end awaited."""
+        """All pages of a snapshot, its end awaited."""
         inbox = self.client.new_inbox()
         subscription = await self.client.subscribe(inbox)
         await self.client.publish(self.subjects.pool(pool, "snapshot"), b"", reply=inbox)
         pages = []
-        while data := (await subscription.next_msg(timeout=SEEN_SECONDS)).data:
+        while "pages" not in codec.decode(data := (await subscription.next_msg(timeout=SEEN_SECONDS)).data):
             pages.append(codec.unpack(m.SnapshotPage, data))
         await subscription.unsubscribe()
         return pages

@@ -20,7 +20,7 @@ import asyncio
 import contextlib
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import structlog
@@ -122,7 +122,7 @@ class NatsBus:
         self._last_error = ""
         self._events: set[str] = set()
         self._inbox = ""
-        self._answers: dict[str, asyncio.Future[bytes]] = {}
+        self._answers: dict[str, tuple[asyncio.Future[bytes], Callable[[bytes], bool]]] = {}
         self._asked = 0
         self._closing = False
 
@@ -251,8 +251,10 @@ class NatsBus:
             raise BusUnavailable(f"{refused}; give the agent's NATS user the permission")
         self._forbidden = ""
 
-    async def request(self, subject: str, data: bytes, timeout: float) -> bytes:
-        with self._expecting() as (inbox, answer):
+    async def request(
+        self, subject: str, data: bytes, timeout: float, wanted: Callable[[bytes], bool]
+    ) -> bytes:
+        with self._expecting(wanted) as (inbox, answer):
             try:
                 async with asyncio.timeout(timeout):
                     await self.publish(subject, data, reply=inbox)
@@ -261,14 +263,17 @@ class NatsBus:
                 raise BusUnavailable(f"no answer on {subject} within {timeout:g} s") from None
 
     @contextlib.contextmanager
-    def _expecting(self) -> Iterator[tuple[str, asyncio.Future[bytes]]]:
+    def _expecting(
+        self, wanted: Callable[[bytes], bool] = lambda _: True
+    ) -> Iterator[tuple[str, asyncio.Future[bytes]]]:
         """A subject of our own and what will come on it. (nats-py's own requests wait in a way that can
         swallow a cancellation on Python 3.11, and then a task does not end.)"""
         self._asked += 1
         inbox = f"{self._inbox}.{self._asked}"
-        self._answers[inbox] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._answers[inbox] = answer, wanted
         try:
-            yield inbox, self._answers[inbox]
+            yield inbox, answer
         finally:
             del self._answers[inbox]
 
@@ -301,12 +306,12 @@ class NatsBus:
     # Callbacks are awaited in nats-py's read loop: they never wait and never raise.
 
     async def _on_answer(self, message: Msg) -> None:
-        answer = self._answers.get(message.subject)
-        if not answer or answer.done():
+        answer, wanted = self._answers.get(message.subject, (None, None))
+        if answer is None or wanted is None or answer.done():
             return
         if (message.headers or {}).get("Status") == NO_RESPONDERS:
             answer.set_exception(BusUnavailable("the server knows of nobody who listens there"))
-        else:
+        elif wanted(message.data):
             answer.set_result(message.data)
 
     async def _on_error(self, error: Exception) -> None:

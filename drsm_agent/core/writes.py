@@ -359,6 +359,18 @@ def stand_by() -> Update:
     return Update(LEADER, {"_id": "leader"}, inc={"standbys": 1})
 
 
+def note_serving(record: LeaderRecord) -> Update:
+    """Requests are answered in this term. Not among what is compared of the record; standbys tell by it who
+    leads from who only has won the lead."""
+    guard = {"_id": "leader", "holder": record.holder, "term": record.term}
+    return Update(LEADER, guard, set={"serving": record.term})
+
+
+def is_served(documents: Sequence[Document], record: LeaderRecord) -> bool:
+    """Whether the holder of a leader's record answers requests, as the record says."""
+    return any(document.get("serving") == record.term for document in documents)
+
+
 def note_hand_over(record: LeaderRecord, *, handed_over: bool) -> Update:
     """A leader hands over as it hears no pod: the next one shall not do it again, until it has heard one."""
     guard = {"_id": "leader", "holder": record.holder, "term": record.term}

@@ -20,9 +20,6 @@ from drsm_sdk.wire.definition import Definition
 from drsm_sdk.wire.messages import OwnerRef
 from drsm_sdk.wire.subjects import Route, Subjects
 
-END = b""
-"""The empty message after the last page of a snapshot."""
-
 Publish = Callable[[str, bytes, Mapping[str, str]], None]
 Packed = tuple[bytes, dict[str, str]]
 """The bytes of a message and its headers."""
@@ -88,7 +85,7 @@ class Agent:
             "acquire": (wire.Acquire, self.acquire),
             "release": (wire.ChunkList, self.release),
             "scanned": (wire.ChunkList, self.scanned),
-            "snapshot": (wire.Empty, lambda table, _: [self.snapshot(table), END]),
+            "snapshot": (wire.Empty, lambda table, _: self.snapshot(table)),
             "pods": (wire.Empty, self.pods),
             "owner": (wire.OwnerQuery, self.owner),
         }
@@ -121,9 +118,7 @@ class Agent:
 
     def packed(self, part: Any) -> Packed:
         """One message of an answer, with the stamp of who said it."""
-        if part == END:
-            return END, {}
-        headers = {"Content-Type": wire.CONTENT_TYPE}
+        headers = {wire.CONTENT_TYPE_HEADER: wire.CONTENT_TYPE}
         if isinstance(part, wire.Failure):
             said = part.message.encode("ascii", "replace").decode()[:200]
             headers |= {wire.ERROR_CODE_HEADER: str(part.code), wire.ERROR_HEADER: said}
@@ -222,11 +217,11 @@ class Agent:
             self.announce(table, wire.ChunkScanned(owner, tuple(marked)))
         return wire.Cleared(tuple(found))
 
-    def snapshot(self, table: Table) -> wire.SnapshotPage:
-        """The whole table as one page: nothing here limits its size."""
+    def snapshot(self, table: Table) -> list[wire.SnapshotPage | wire.SnapshotEnd]:
+        """The whole table as one page, for nothing here limits its size; and the end."""
         owners = table.owners()
         held = [(i, tuple(table.owned(owner))) for i, owner in enumerate(owners)]
-        return wire.SnapshotPage(
+        page = wire.SnapshotPage(
             version=(table.version, 0),
             page=0,
             owners=tuple(self._shown(table, owner) for owner in owners),
@@ -235,6 +230,7 @@ class Agent:
             definition=table.definition,
             last=True,
         )
+        return [page, wire.SnapshotEnd(page.version, 1)]
 
     def pods(self, table: Table, _: wire.Empty) -> wire.Pods:
         return wire.Pods(tuple(self._pod_state(table, owner) for owner in table.owners()))
@@ -371,7 +367,7 @@ class Agent:
             history=self.stamp.history,
             at=round(time.time() * 1000),
         )
-        headers = {"Content-Type": wire.CONTENT_TYPE, wire.SUMMARY_HEADER: wire.summary(head, body)}
+        headers = {wire.CONTENT_TYPE_HEADER: wire.CONTENT_TYPE, wire.SUMMARY_HEADER: wire.summary(head, body)}
         subject = self.subjects.event(table.name, wire.EVENT_VERBS[type(body)])
         self._publish(subject, codec.encode(codec.to_map(head) | codec.to_map(body)), headers)
 

@@ -9,7 +9,15 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from drsm_sdk.transport import Callback, Message, NoAnswer, NoResponders, NotConnected, TooLarge
+from drsm_sdk.transport import (
+    Callback,
+    Message,
+    NoAnswer,
+    NoResponders,
+    NotConnected,
+    TooLarge,
+    anything,
+)
 
 log = logging.getLogger("drsm_sdk.testing")
 
@@ -129,15 +137,17 @@ class MemoryTransport:
         self._subscriptions.append(subscription)
         return subscription
 
-    async def request(self, subject: str, data: bytes, timeout: float) -> Message:
+    async def request(
+        self, subject: str, data: bytes, timeout: float, wanted: Callable[[Message], bool] = anything
+    ) -> Message:
         answers: list[Message] = []
 
         def first(message: Message) -> bool:
             answers.append(message)
-            return True
+            return wanted(message)
 
         await self.request_many(subject, data, timeout, first)
-        return answers[0]
+        return answers[-1]
 
     async def request_many(
         self, subject: str, data: bytes, timeout: float, done: Callable[[Message], bool]

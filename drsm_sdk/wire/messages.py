@@ -6,16 +6,23 @@ increment, part)`, compared in that order.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from drsm_sdk.wire import codec
 from drsm_sdk.wire.definition import Definition
 from drsm_sdk.wire.subjects import valid_pool_name
 
 WIRE_VERSION = 1
-CONTENT_TYPE = "application/msgpack"
+CONTENT_TYPE_HEADER = "Content-Type"
+CONTENT_TYPE, JSON_CONTENT_TYPE = "application/msgpack", "application/json"
+STATUS_HEADER = "Status"
+"""Of what the NATS server itself says; nobody else's messages have it."""
 SUMMARY_HEADER = "Drsm-Summary"
 """On every event: it as one readable line."""
+STAMPED_BYTES_MAX = 4096
+"""Bytes of an answer in which the stamp is looked for twice. Larger ones are snapshot pages as a rule."""
 ACQUIRE_COUNT_MAX = 256
 """Chunks one request may ask for: a quarter of a million ids, one bulk write, an answer of 8 KiB."""
 CHUNKS_PER_EVENT = 1000
@@ -369,6 +376,14 @@ class Probe:
         _check_text("nonce", self.nonce, 64)
 
 
+@dataclass(frozen=True, slots=True)
+class SnapshotEnd:
+    """After the last page: `pages` of this version were sent."""
+
+    version: Version
+    pages: int
+
+
 # --- Errors -------------------------------------------------------------------------------------
 
 ERROR_CODES = {
@@ -383,6 +398,22 @@ ERROR_CODES = {
 }
 ERROR_HEADER = "Nats-Service-Error"
 ERROR_CODE_HEADER = "Nats-Service-Error-Code"
+
+
+def of_an_agent(headers: Mapping[str, str], data: bytes) -> bool:
+    """Whether an answer is an agent's, or the NATS server's word that nobody listens. Others may answer, too:
+    a JetStream stream that records requests acknowledges each of them to who asked, and is mostly the first.
+    A body that is not read here because of its size counts by its content type alone."""
+    if STATUS_HEADER in headers:
+        return True
+    if headers.get(CONTENT_TYPE_HEADER) not in {CONTENT_TYPE, JSON_CONTENT_TYPE}:
+        return False
+    if ERROR_CODE_HEADER in headers or len(data) > STAMPED_BYTES_MAX:
+        return True
+    try:
+        return {"agent", "term", "history"} <= codec.decode(data).keys()
+    except codec.DecodeError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)

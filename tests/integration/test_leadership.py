@@ -210,6 +210,24 @@ async def test_a_quiet_pools_consumers_follow_a_leader_whose_table_is_older_than
             assert demux.synced
 
 
+async def test_agents_that_win_leads_but_cannot_serve_are_not_ready(domain: Domain) -> None:
+    """Each sees the other one win, and give up: nobody answers requests all the same."""
+    users = (
+        'authorization { users: [{user: agent, password: x, permissions: {subscribe: {deny: "*.rpc.>"}}}] }'
+    )
+    async with Scratch() as scratch, AsyncExitStack() as life:
+        server = await start_nats_server(scratch, config=users)
+        settings = domain.settings(
+            nats_url=server.url, nats_user="agent", nats_password="x", leader_ttl=1.0, liveness_ttl=5.0
+        )
+        agents = [await life.enter_async_context(running(settings)) for _ in range(2)]
+
+        def leaderless(agent: Agent) -> bool:
+            return any("nobody has led" in reason for reason in agent.unready())
+
+        await eventually(lambda: all(leaderless(agent) for agent in agents))
+
+
 async def test_a_leader_that_lost_its_record_stops_answering(domain: Domain) -> None:
     """Another holder in the record, of a higher term: all leader work ends, and nothing is answered (R2)."""
     async with requester(domain.nats_url, domain.prefix) as asking, domain.agent() as agent:

@@ -223,7 +223,7 @@ async def test_an_exhausted_pool_says_so_at_once_and_serves_again_after_a_releas
 async def test_a_large_snapshot_comes_in_pages_of_one_version_that_add_up_to_the_table(
     domain: Domain,
 ) -> None:
-    """Many owners do not fit one message; the last page says so and an empty message follows."""
+    """Many owners do not fit one message; the last page says so and the end follows."""
     async with domain.served(**UNHURRIED) as asking:
         names = [f"amf-{i}.{'x' * 60}.{'y' * 60}.{'z' * 60}" for i in range(2000)]
         opened = await asyncio.gather(

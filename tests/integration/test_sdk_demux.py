@@ -111,7 +111,7 @@ async def test_events_during_a_snapshot_are_not_lost(agent: FakeAgent, connect: 
     stale = agent.page()
 
     def late(verb: str, body: dict[str, Any]) -> Any:
-        return [stale, b""] if verb == "snapshot" else None
+        return [stale, wire.SnapshotEnd(stale.version, 1)] if verb == "snapshot" else None
 
     agent.script = late
     await agent.give(THIRD, 5)
@@ -126,7 +126,9 @@ async def test_pages_of_two_agents_are_not_mixed(agent: FakeAgent, connect: Conn
     first = replace(whole, last=False)
     second = replace(whole, page=1, version=(99, 0), chunks=(), definition=None)
     agent.script = lambda verb, body: (
-        [first, second, b""] if verb == "snapshot" and len(agent.asked(verb)) == 1 else None
+        [first, second, wire.SnapshotEnd(second.version, 2)]
+        if verb == "snapshot" and len(agent.asked(verb)) == 1
+        else None
     )
     async with connect() as demux:
         assert name(demux, 1) == "other"

@@ -176,7 +176,7 @@ async def _many_pages(domain: Domain) -> AsyncIterator[tuple[Domain, Requester, 
 
 def _is_last(answer: Msg) -> bool:
     """Of a snapshot: its end, or that there are too many askers."""
-    return not answer.data or m.ERROR_HEADER in (answer.headers or {})
+    return "pages" in codec.decode(answer.data) or m.ERROR_HEADER in (answer.headers or {})
 
 
 def _snapshots_answered(metrics: Metrics) -> int:

@@ -1,6 +1,7 @@
 """Chunk numbers beside Go pods, which never forget one: whatever number a Go pod has ever seen, it does not
 try again, and when it has seen all it looks for another one for ever."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -31,9 +32,16 @@ class Holder:
 
     async def take(self) -> tuple[int, str]:
         self._requests += 1
-        granted = await self._asking.acquire("amf-2", self._incarnation, 1, f"r{self._requests}")
-        (chunk,) = granted.chunks
-        return chunk
+        while True:
+            try:
+                granted = await self._asking.acquire("amf-2", self._incarnation, 1, f"r{self._requests}")
+            except Failed as failed:
+                if failed.failure.reason != "settling":  # as for 5 s after an agent has begun to look
+                    raise
+                await asyncio.sleep(0.1)
+            else:
+                (chunk,) = granted.chunks
+                return chunk
 
     async def take_all(self) -> list[tuple[int, str]]:
         """Until the pool is exhausted."""

@@ -142,7 +142,9 @@ class FakeAgent(Agent):
     # --- for tests --------------------------------------------------------------------------------
 
     def page(self) -> wire.SnapshotPage:
-        return self.snapshot(self.table)
+        page = self.snapshot(self.table)[0]
+        assert isinstance(page, wire.SnapshotPage)
+        return page
 
     def asked(self, verb: str) -> list[dict[str, Any]]:
         return [body for said, body in self.requests if said == verb]

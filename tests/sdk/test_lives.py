@@ -13,7 +13,7 @@ from drsm_sdk.supply import Supply
 from drsm_sdk.testing import Definition, Domain, MemoryTransport
 from drsm_sdk.testing.agent import Packed
 from drsm_sdk.testing.tables import Row
-from drsm_sdk.transport import Message
+from drsm_sdk.transport import Message, anything
 from drsm_sdk.wire.messages import POOLS_PER_SESSION_MAX, Failure, Joined, Opened, Renewed, SessionChunks
 from tests.sdk.fake_agent import SkippingClock, eventually
 
@@ -39,14 +39,16 @@ class Stubborn(MemoryTransport):
         self.tables.set()
         self.answered: list[str] = []
 
-    async def request(self, subject: str, data: bytes, timeout: float) -> Message:
+    async def request(
+        self, subject: str, data: bytes, timeout: float, wanted: Callable[[Message], bool] = anything
+    ) -> Message:
         while self.held and subject.endswith(self.held) and not self.freed.is_set():
             self.asked.set()
             try:
                 await self.freed.wait()
             except asyncio.CancelledError:
                 continue
-        answer = await super().request(subject, data, timeout)
+        answer = await super().request(subject, data, timeout, wanted)
         self.answered.append(subject.rpartition(".")[2])
         return answer
 
@@ -70,12 +72,14 @@ class Leaving(Stubborn):
         super().__init__(domain)
         self.sent: list[str] = []
 
-    async def request(self, subject: str, data: bytes, timeout: float) -> Message:
+    async def request(
+        self, subject: str, data: bytes, timeout: float, wanted: Callable[[Message], bool] = anything
+    ) -> Message:
         self.sent.append(subject.rpartition(".")[2])
         if subject.endswith(".close"):
             self.freed.set()
             await eventually(lambda: self.held in self.answered)
-        return await super().request(subject, data, timeout)
+        return await super().request(subject, data, timeout, wanted)
 
 
 def supply_of(pool: Pool) -> Supply:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from drsm_agent.errors import BusUnavailable
 from drsm_agent.ports import Handler, Incoming
-from drsm_sdk.transport import Callback, Message, NoAnswer, NoResponders, NotConnected
+from drsm_sdk.transport import Callback, Message, NoAnswer, NoResponders, NotConnected, anything
 from tests.simulation.loop import Node
 
 PATIENCE = 5.0  # seconds of silence after which a client gives its connection up: two pings, 2 s apart
@@ -305,15 +305,17 @@ class PodTransport:
     async def subscribe(self, subject: str, callback: Callback) -> Interest:
         return self.connection.listen(subject, lambda packet: callback(_message(packet)))
 
-    async def request(self, subject: str, data: bytes, timeout: float) -> Message:
+    async def request(
+        self, subject: str, data: bytes, timeout: float, wanted: Callable[[Message], bool] = anything
+    ) -> Message:
         answers: list[Message] = []
 
         def first(message: Message) -> bool:
             answers.append(message)
-            return True
+            return wanted(message)
 
         await self.request_many(subject, data, timeout, first)
-        return answers[0]
+        return answers[-1]
 
     async def request_many(
         self, subject: str, data: bytes, timeout: float, done: Callable[[Message], bool]
@@ -403,13 +405,21 @@ class AgentBus:
         if not self.connected or self.connection.epoch != before:
             raise BusUnavailable("the NATS connection changed while messages were under way")
 
-    async def request(self, subject: str, data: bytes, timeout: float, *, echo: bool = False) -> bytes:
+    async def request(
+        self,
+        subject: str,
+        data: bytes,
+        timeout: float,
+        wanted: Callable[[bytes], bool] = lambda _: True,
+        *,
+        echo: bool = False,
+    ) -> bytes:
         self._require()
         inbox = subject if echo else self.connection.new_inbox()
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
         def receive(packet: Packet) -> None:
-            if not answer.done() and not packet.headers.get("Status"):
+            if not answer.done() and not packet.headers.get("Status") and wanted(packet.data):
                 answer.set_result(packet.data)
 
         interest = self.connection.listen(inbox, receive)
