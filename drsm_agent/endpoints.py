@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from drsm_agent.errors import BusUnavailable, LeadLost, Refused, StoreUnavailable, TooLarge
+from drsm_agent.errors import BusUnavailable, LeadLost, Refused, StoreRefused, StoreUnavailable, TooLarge
 from drsm_agent.lead import Lead
 from drsm_agent.metrics import Metrics
 from drsm_agent.ports import Bus, Incoming
@@ -106,6 +106,8 @@ class Endpoints:
             outcome = "store_unavailable"
             log.warning("store_unavailable", verb=route.verb, error=str(error))
             message = "the store did not answer in time; the request may be repeated"
+            if isinstance(error, StoreRefused):
+                message = f"MongoDB refuses what this takes: {error}"
             await self._refuse(incoming, route, Refused("store_unavailable", message, retry=True))
         except TooLarge as error:
             outcome = "too_large"

@@ -240,25 +240,40 @@ def _stored(definition: Definition) -> Document:
 
 def nats_options(settings: Settings) -> dict[str, Any]:
     """Credentials and TLS for the NATS client."""
-    credentials = settings.nats_credentials
+    credentials, nkey = settings.nats_credentials, settings.nats_nkey
     if credentials and not credentials.is_file():
         raise Misconfigured(f"DRSM_NATS_CREDENTIALS: expected a .creds file, found none at {credentials}")
+    if nkey and not nkey.is_file():
+        raise Misconfigured(f"DRSM_NATS_NKEY: expected a file with an NKey seed, found none at {nkey}")
     options: dict[str, Any] = {
-        "user_credentials": str(settings.nats_credentials) if settings.nats_credentials else None,
+        "user_credentials": str(credentials) if credentials else None,
+        "nkeys_seed": str(nkey) if nkey else None,
+        "connect_timeout": settings.nats_connect_timeout,
+        "inbox_prefix": settings.nats_inbox_prefix,
         "user": settings.nats_user or None,
         "password": settings.nats_password.get_secret_value() or None,
         "token": settings.nats_token.get_secret_value() or None,
     }
     if settings.nats_tls_ca or settings.nats_tls_certificate:
-        options["tls"] = _tls(settings)
+        try:
+            _tls(settings)
+        except OSError as error:
+            raise Misconfigured(f"DRSM_NATS_TLS_*: cannot load the certificates: {error}") from None
+        options["tls"] = lambda: _tls(settings)
+    if settings.nats_tls_handshake_first:
+        options["tls_handshake_first"] = True
+        options.setdefault("tls", ssl.create_default_context)
     return {name: value for name, value in options.items() if value is not None}
 
 
 def _tls(settings: Settings) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=settings.nats_tls_ca)
-        if settings.nats_tls_certificate:
-            context.load_cert_chain(settings.nats_tls_certificate, settings.nats_tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise Misconfigured(f"DRSM_NATS_TLS_*: cannot load the certificates: {error}") from None
+    """As the files are now: certificates are renewed while the agent runs. Raises OSError."""
+    context = ssl.create_default_context(cafile=settings.nats_tls_ca)
+    if settings.nats_tls_certificate:
+        password = settings.nats_tls_key_password.get_secret_value()
+        context.load_cert_chain(
+            settings.nats_tls_certificate,
+            settings.nats_tls_key,
+            password=lambda: password,  # or OpenSSL would ask the terminal
+        )
     return context

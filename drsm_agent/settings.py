@@ -49,6 +49,9 @@ REVISION_MAX = 2**31 - 1
 DATABASE_NAME = "[A-Za-z0-9_-]{1,63}"
 """As MongoDB takes it on every system; with any other name an agent would wait for it without end."""
 ADDRESS_DOMAIN_MAX = 64
+NATS_CONNECT_TIMEOUT_MAX = 60.0
+"""Where it takes longer, nothing that a lease depends on would come in time."""
+INBOX_PREFIX = r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*"
 POOLS_EXAMPLE = '[{"name": "amfid", "bits": 24}]'
 
 
@@ -148,6 +151,15 @@ class Settings(BaseSettings):
     nats_tls_ca: Path | None = None
     nats_tls_certificate: Path | None = None
     nats_tls_key: Path | None = None
+    nats_tls_key_password: SecretStr = SecretStr("")
+    nats_tls_handshake_first: bool = False
+    """For servers with `handshake_first`: TLS begins before the server says anything."""
+    nats_nkey: Path | None = None
+    """A file with an NKey seed."""
+    nats_connect_timeout: float = Field(2.0, gt=0, le=NATS_CONNECT_TIMEOUT_MAX)
+    """How long one try of a connection may take."""
+    nats_inbox_prefix: str = Field("_INBOX", pattern=f"^{INBOX_PREFIX}$")
+    """Subjects below it are where answers come."""
 
     @classmethod
     def settings_customise_sources(

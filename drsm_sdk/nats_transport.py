@@ -15,17 +15,21 @@ import contextlib
 import inspect
 import logging
 import re
+import ssl
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from nats import errors
-from nats.aio.client import Client, Server
+from nats.aio.client import DEFAULT_BUFFER_SIZE, Client, Server
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
+from nats.aio.transport import TcpTransport
 
 from drsm_sdk.ambient import Backoff, Chance
 from drsm_sdk.errors import BadRequest
+from drsm_sdk.resolve import addresses
 from drsm_sdk.tasks import Tasks
 from drsm_sdk.transport import (
     Callback,
@@ -56,15 +60,50 @@ _REFUSAL = re.compile('permissions violation for (publish|subscription) to "([^"
 OPTIONS = frozenset(inspect.signature(Client.connect).parameters) - {"self", "servers"}
 
 
+class _Tcp(TcpTransport):
+    """Looks host names up in threads of our own, as the application's may all be busy."""
+
+    async def connect(self, uri: Any, buffer_size: int, connect_timeout: int) -> None:
+        failed: OSError | None = None
+        async with asyncio.timeout(connect_timeout):
+            for address in await addresses(uri.hostname, uri.port):
+                try:
+                    there = uri._replace(netloc=_at(address, uri.port))
+                    await super().connect(there, buffer_size, connect_timeout)
+                except OSError as error:
+                    failed = error
+                else:
+                    return
+        raise failed or OSError(f"no address found for {uri.hostname}")
+
+
+def _at(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
 class _Client(Client):
     """Goes on reading after a message whose subject, reply subject or headers cannot be read: anybody can
     send one, and nats-py's read loop would end by it, without a word. And sends nothing of a lost connection
     on the next one."""
 
+    @property
+    def ssl_context(self) -> ssl.SSLContext:
+        """Made anew for each connection where `tls` is what makes it."""
+        tls = self.options.get("tls")
+        return tls() if callable(tls) else super().ssl_context
+
     def _setup_server_pool(self, connect_url: Any) -> None:
         super()._setup_server_pool(connect_url)
         for server in self._server_pool:
             server.uri = ServerUrl(*server.uri)
+
+    async def _connect_to_server(self, s: Any) -> None:
+        if s.uri.scheme in {"ws", "wss"}:
+            return await super()._connect_to_server(s)
+        s.last_attempt = time.monotonic()
+        self._transport = _Tcp()  # type: ignore[no-untyped-call]
+        await self._transport.connect(s.uri, DEFAULT_BUFFER_SIZE, self.options["connect_timeout"])
+        return None
 
     def abandon(self) -> None:
         """Let go of the connection and of all that it has not sent. In good order it would be closed only
@@ -137,7 +176,9 @@ class NatsTransport:
     """A connection to one of the NATS `servers`, made again whenever it breaks.
 
     `options` go to nats-py's `connect` as they are: `user`, `password`, `token`, `user_credentials`,
-    `nkeys_seed`, `tls`, `tls_handshake_first`, `inbox_prefix`, ... They win over what is set here.
+    `nkeys_seed`, `tls`, `tls_handshake_first`, `inbox_prefix`, ... They win over what is set here. `tls` may
+    also be a function that makes the context: it is called for each connection, so that renewed certificates
+    count.
     Raises BadRequest for a URL that is none of NATS, or an option that nats-py does not have.
     """
 

@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import random
 import re
+import ssl
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -48,6 +49,9 @@ PENDING_REQUESTS_MAX = 65_536
 PENDING_BYTES_MAX = 32 * 1024 * 1024
 """The same in bytes. A request is some hundred bytes, so only a flood of large ones comes near."""
 
+BUS_ERRORS = (NatsError, OSError, EOFError)
+"""All that nats-py raises once it is connected: its own errors, and those of sockets, TLS and streams."""
+
 log = structlog.get_logger("drsm_agent.bus")
 
 
@@ -61,13 +65,20 @@ class _Client(Client):
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         scheme = self._current_server.uri.scheme if self._current_server is not None else ""
-        encrypted = scheme == "wss" or (scheme != "ws" and info.get("tls_required"))
+        begun = scheme == "wss" or self.options["tls_handshake_first"]
+        encrypted = begun or (scheme != "ws" and info.get("tls_required"))
         if self._tls and initial_connection and not encrypted:
             raise NatsError(
                 "expected a server that requires TLS, found one that does not; "
                 "enable TLS on the server (wss:// instead of ws://), or take DRSM_NATS_TLS_* and tls:// away"
             )
         await super()._process_info(info, initial_connection)
+
+    @property
+    def ssl_context(self) -> ssl.SSLContext:
+        """Made anew for each connection where `tls` is what makes it."""
+        tls = self.options.get("tls")
+        return tls() if callable(tls) else super().ssl_context
 
     def _setup_server_pool(self, connect_url: Any) -> None:
         super()._setup_server_pool(connect_url)
@@ -101,7 +112,7 @@ class NatsSubscription:
     async def stop(self) -> None:
         try:
             await self._subscription.unsubscribe()
-        except NatsError as error:  # closed meanwhile: then nothing is delivered either
+        except BUS_ERRORS as error:  # closed meanwhile: then nothing is delivered either
             log.debug("unsubscribe", error=str(error))
 
 
@@ -139,7 +150,7 @@ class NatsBus:
                 f"no NATS server took the connection at {_shown(url)} within {timeout:g} s{found}; "
                 f"check DRSM_NATS_URL, credentials and TLS settings, and that the server runs"
             ) from None
-        except (NatsError, OSError, ValueError) as error:
+        except (*BUS_ERRORS, ValueError) as error:
             raise Misconfigured(
                 f"cannot connect to NATS at {_shown(url)}: {str(error) or type(error).__name__}; "
                 f"check DRSM_NATS_URL, credentials and TLS settings"
@@ -156,7 +167,6 @@ class NatsBus:
         await self._client.connect(
             servers=url.split(","),
             name=name,
-            connect_timeout=CONNECT_TIMEOUT,
             max_reconnect_attempts=-1,
             reconnect_time_wait=1,
             reconnect_to_server_handler=self._next_server,
@@ -168,7 +178,7 @@ class NatsBus:
             reconnected_cb=self._on_reconnected,
             disconnected_cb=self._on_disconnected,
             lame_duck_mode_cb=self._on_lame_duck,
-            **options,
+            **{"connect_timeout": CONNECT_TIMEOUT, **options},
         )
         self._inbox = self._client.new_inbox()
         await self._client.subscribe(f"{self._inbox}.*", cb=self._on_answer)
@@ -203,7 +213,7 @@ class NatsBus:
                     pending_bytes_limit=PENDING_BYTES_MAX,
                 )
             )
-        except NatsError as error:
+        except BUS_ERRORS as error:
             raise BusUnavailable(f"cannot subscribe to {subject}: {error}") from error
         try:
             cancellation.heed()
@@ -227,7 +237,7 @@ class NatsBus:
             self._events.add(subject.lower())
         try:
             await self._client.publish(subject, data, reply=reply, headers=dict(headers) if headers else None)
-        except NatsError as error:
+        except BUS_ERRORS as error:
             raise BusUnavailable(f"NATS did not take a message for {subject}: {error}") from error
         cancellation.heed()
 
@@ -239,7 +249,7 @@ class NatsBus:
                 async with asyncio.timeout(FLUSH_TIMEOUT):
                     await self._client.publish(inbox, b"")
                     await echo
-            except (NatsError, TimeoutError) as error:
+            except (*BUS_ERRORS, TimeoutError) as error:
                 raise BusUnavailable(f"NATS did not confirm: {str(error) or type(error).__name__}") from error
         if not self.connected or self.reconnects != before:
             raise BusUnavailable("the NATS connection changed while messages were under way")
@@ -285,7 +295,10 @@ class NatsBus:
             except BusUnavailable as error:
                 log.warning("closed_unflushed", error=str(error))
                 self._client.abandon()
-        await self._client.close()
+        try:
+            await self._client.close()
+        except BUS_ERRORS as error:
+            log.debug("close", error=str(error))
 
     def _require_connection(self) -> None:
         if not self.connected:

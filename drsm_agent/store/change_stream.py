@@ -12,7 +12,7 @@ from typing import Any
 
 from bson import Timestamp
 from motor.motor_asyncio import AsyncIOMotorClient
-from pymongo.errors import OperationFailure, PyMongoError
+from pymongo.errors import OperationFailure
 
 from drsm_agent import cancellation
 from drsm_agent.core.documents import Document
@@ -20,7 +20,7 @@ from drsm_agent.core.table import Change
 from drsm_agent.errors import DROPPED, OVER, AgentError, PositionLost
 from drsm_agent.ports import Batch
 from drsm_agent.store.cursor import Database, plain, raw_cursor
-from drsm_agent.store.faults import REMEDIES, code_of, reason, unavailable
+from drsm_agent.store.faults import DRIVER_ERRORS, REMEDIES, code_of, reason, unavailable
 
 BATCH = 1000  # bounds memory and how long the event loop is kept; adds no latency
 WAIT_MS = 500  # for news; an idle batch's token is at most this old, and a cancelled wait ends within it
@@ -70,7 +70,7 @@ class ChangeStream:
             async with aclosing(self._read(start)) as batches:
                 async for batch in batches:
                     yield batch
-        except PyMongoError as error:
+        except DRIVER_ERRORS as error:
             cancellation.heed()
             raise _classified(error) from error
 
@@ -102,7 +102,7 @@ class ChangeStream:
         return [{"$changeStream": stage}, {"$match": {"$or": wanted}}]
 
 
-def _classified(error: PyMongoError) -> AgentError:
+def _classified(error: Exception) -> AgentError:
     """What a driver's error says about the stream."""
     code = code_of(error)
     if dead := _why_dead(error):
@@ -110,7 +110,7 @@ def _classified(error: PyMongoError) -> AgentError:
     return unavailable(error, "the change stream")
 
 
-def _why_dead(error: PyMongoError) -> str:
+def _why_dead(error: Exception) -> str:
     """Why nothing ever goes on from this position; empty if it may."""
     if not isinstance(error, OperationFailure) or error.code is None or error.code in REMEDIES:
         return ""

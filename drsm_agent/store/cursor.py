@@ -17,9 +17,10 @@ from typing import Any
 import pymongo
 from bson import CodecOptions, DatetimeConversion, Int64, Timestamp
 from motor.motor_asyncio import AsyncIOMotorClientSession, AsyncIOMotorDatabase
-from pymongo.errors import NetworkTimeout, PyMongoError
+from pymongo.errors import NetworkTimeout
 
 from drsm_agent.core.documents import Document
+from drsm_agent.store.faults import DRIVER_ERRORS
 
 # Go pods write these collections too, and Go's driver sends any bytes as text: one odd document must
 # not stop the stream at its place for ever.
@@ -65,7 +66,7 @@ class RawCursor:
             limit += wait_ms / 1000
         try:
             reply = await self._command(command, limit)
-        except PyMongoError:
+        except DRIVER_ERRORS:
             self._id = 0  # gone or out of reach: nothing is left to kill
             raise
         self._take(reply, "nextBatch")
@@ -73,7 +74,7 @@ class RawCursor:
     async def kill(self) -> None:
         """Free what the server keeps for it, as far as that is possible just now."""
         if self.alive:
-            with suppress(PyMongoError), pymongo.timeout(KILL_SECONDS):
+            with suppress(*DRIVER_ERRORS), pymongo.timeout(KILL_SECONDS):
                 await self._database.command({"killCursors": self._collection, "cursors": [Int64(self._id)]})
 
     async def _command(self, command: Document, limit: float) -> Document:

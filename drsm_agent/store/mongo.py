@@ -12,9 +12,10 @@ from itertools import product
 from typing import Any, Self
 
 import pymongo
+import structlog
 from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorCollection
 from pymongo import DeleteOne, InsertOne, UpdateMany, UpdateOne
-from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
+from pymongo.errors import BulkWriteError, OperationFailure
 from pymongo.server_description import ServerDescription
 
 from drsm_agent.core.documents import Document
@@ -25,11 +26,13 @@ from drsm_agent.ports import Batch, Snapshot
 from drsm_agent.store import check
 from drsm_agent.store.change_stream import ChangeStream, cluster_time, start_at, timestamp
 from drsm_agent.store.cursor import OPTIONS, plain, raw_cursor
-from drsm_agent.store.faults import answering
+from drsm_agent.store.faults import DRIVER_ERRORS, answering
 from drsm_agent.store.spaces import FOLLOWED, UNFOLLOWED, space_of
+from drsm_agent.store.url import check_options
 
 APP_NAME = "drsm-agent"
 OPERATION_SECONDS = 5.0  # longer than a planned election, shorter than a pod's patience with a request
+HEARTBEAT_MS = 10_000  # between two looks at each server, as is the driver's default
 CONNECTIONS = 10  # Motor's threads are no more on two cores; one of them is the change stream's
 READ_BATCH = 1000  # documents: a batch keeps the event loop for some 10 ms
 SNAPSHOT_ATTEMPTS = 5  # a collection made since the snapshot's time cannot be read at it, only at a later one
@@ -39,6 +42,7 @@ DATABASES_MAX = 1000  # that are looked into for a Go fleet; a read each, within
 A_CHUNK = {"_id": {"$gte": "chunkid-", "$lt": "chunkid."}}  # a range of the index on _id
 OF_GO = {"type": {"$in": ["chunk", "keepalive"]}, "drsm": None}
 
+log = structlog.get_logger("drsm_agent.store")
 _Operation = InsertOne[Document] | UpdateOne | UpdateMany | DeleteOne
 
 
@@ -56,11 +60,13 @@ class MongoStore:
     ) -> None:
         self._timeout = timeout
         self._hosts = check.hosts_of(url)
+        if overridden := check_options(url):
+            log.info("mongodb_options_overridden", options=overridden)
         try:
             self._client: AsyncIOMotorClient[Document] = AsyncIOMotorClient(
-                url, **{**options, **_client_options(timeout)}
+                url, **{**options, **client_options(timeout)}
             )
-        except (PyMongoError, OSError, ValueError, TypeError) as error:
+        except (*DRIVER_ERRORS, ValueError, TypeError) as error:
             raise Misconfigured(check.malformed(url, error)) from error
         followed = dict.fromkeys(FOLLOWED, database) | dict(pools)
         self._followed = tuple(followed)
@@ -77,11 +83,25 @@ class MongoStore:
     async def check(self) -> None:
         """Raise Misconfigured unless this MongoDB can do, and lets us do, what the agent needs of it."""
         await check.check_deployment(self._client, self._hosts)
-        with check.permitted(self._hosts):
+        with check.refused_at_once(self._hosts):
             for space in self._databases:
                 await self.write([Delete(space, {"_id": check.NO_SUCH_ID})])
-            async with aclosing(self.changes(after=await self._snapshot_time())) as batches:
+            await self._try_inserts()
+            with answering("a read at a cluster time"):
+                at = await self._snapshot_time()
+            async with aclosing(self.changes(after=at)) as batches:
                 await anext(batches)
+
+    async def _try_inserts(self) -> None:
+        """Insert what the work will, and take it back: a rule of the database may not let it in. In a
+        transaction, so that nobody ever sees it."""
+        what = "inserts into the agent's collections"
+        with answering(what), pymongo.timeout(self._timeout):
+            async with await self._client.start_session() as session, session.start_transaction():
+                for space in self._databases:
+                    for document in check.samples(space):
+                        await self._collection(space).insert_one(document, session=session)
+                await session.abort_transaction()
 
     async def write(self, writes: Sequence[Write]) -> Outcome:
         if not writes:
@@ -128,7 +148,7 @@ class MongoStore:
     async def elsewhere(self, spaces: Sequence[str]) -> dict[str, list[str]]:
         """Not being allowed to look is no fault, nor that it takes long."""
         found: dict[str, list[str]] = {}
-        with suppress(PyMongoError, StoreUnavailable), pymongo.timeout(self._timeout):
+        with suppress(*DRIVER_ERRORS, StoreUnavailable), pymongo.timeout(self._timeout):
             listed = await self._client.admin.command(
                 {"listDatabases": 1, "nameOnly": True, "authorizedDatabases": True}
             )
@@ -176,7 +196,7 @@ def _is_ttl(index: Mapping[str, Any]) -> bool:
     return whole and [name for name, _ in index["key"]] == ["expireAt"]
 
 
-def _client_options(timeout: float) -> Document:
+def client_options(timeout: float) -> Document:
     """Above anything that the URL says: the guarantees rest on them."""
     milliseconds = int(timeout * 1000)
     return {
@@ -193,6 +213,15 @@ def _client_options(timeout: float) -> Document:
         "socketTimeoutMS": milliseconds,
         "waitQueueTimeoutMS": milliseconds,
         "timeoutMS": 0,  # set per operation: see cursor.py
+        "wTimeoutMS": 0,
+        "minPoolSize": 0,
+        "heartbeatFrequencyMS": HEARTBEAT_MS,
+        "directConnection": False,  # or the agent stays with one server when another one becomes the primary
+        "connect": False,
+        "tz_aware": OPTIONS.tz_aware,
+        "unicode_decode_error_handler": OPTIONS.unicode_decode_error_handler,
+        "datetime_conversion": "DATETIME_CLAMP",
+        "uuidRepresentation": "unspecified",
         "server_selector": one_router,
     }
 
@@ -222,7 +251,8 @@ def _partly(error: BulkWriteError) -> Outcome:
     faults = [fault for fault in details["writeErrors"] if fault["code"] != DUPLICATE_KEY]
     faults += details["writeConcernErrors"]
     if faults:
-        raise PyMongoError(f"{len(faults)} faults, the first: {faults[0].get('errmsg')}") from error
+        found = f"{len(faults)} faults, the first: {faults[0].get('errmsg')}"
+        raise OperationFailure(found, faults[0].get("code")) from error
     return _outcome(details)
 
 

@@ -128,14 +128,29 @@ def nats_options(environ: Mapping[str, str]) -> dict[str, Any]:
         "user": "DRSM_NATS_USER",
         "password": "DRSM_NATS_PASSWORD",
         "token": "DRSM_NATS_TOKEN",
+        "nkeys_seed": "DRSM_NATS_NKEY",
+        "inbox_prefix": "DRSM_NATS_INBOX_PREFIX",
     }
     options: dict[str, Any] = {option: environ[name] for option, name in names.items() if environ.get(name)}
     authority, certificate = environ.get("DRSM_NATS_TLS_CA"), environ.get("DRSM_NATS_TLS_CERTIFICATE")
+    password = environ.get("DRSM_NATS_TLS_KEY_PASSWORD", "")
+    first = environ.get("DRSM_NATS_TLS_HANDSHAKE_FIRST", "").lower() in {"1", "true", "yes", "on"}
     try:
-        if authority or certificate:
+        if authority or certificate or first:
             options["tls"] = ssl.create_default_context(cafile=authority or None)
         if certificate:
-            options["tls"].load_cert_chain(certificate, environ.get("DRSM_NATS_TLS_KEY"))
+            options["tls"].load_cert_chain(
+                certificate, environ.get("DRSM_NATS_TLS_KEY"), password=lambda: password
+            )
     except OSError as error:
         raise BadRequest(f"DRSM_NATS_TLS_*: cannot load the certificates: {error}") from None
+    if first:
+        options["tls_handshake_first"] = True
+    if seconds := environ.get("DRSM_NATS_CONNECT_TIMEOUT"):
+        try:
+            options["connect_timeout"] = float(seconds)
+        except ValueError:
+            raise BadRequest(
+                f"DRSM_NATS_CONNECT_TIMEOUT: expected a number of seconds, found {seconds[:24]!r}"
+            ) from None
     return options

@@ -212,9 +212,7 @@ async def test_a_quiet_pools_consumers_follow_a_leader_whose_table_is_older_than
 
 async def test_agents_that_win_leads_but_cannot_serve_are_not_ready(domain: Domain) -> None:
     """Each sees the other one win, and give up: nobody answers requests all the same."""
-    users = (
-        'authorization { users: [{user: agent, password: x, permissions: {publish: {deny: "*.rpc.>"}}}] }'
-    )
+    users = 'authorization { users: [{user: agent, password: x, permissions: {publish: {deny: "*.rpc.>"}}}] }'
     async with Scratch() as scratch, AsyncExitStack() as life:
         server = await start_nats_server(scratch, config=users)
         settings = domain.settings(

@@ -2,15 +2,21 @@
 
 import asyncio
 import signal
+import ssl
+import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
 
 from drsm_agent.bus.nats_bus import NatsBus
 from drsm_agent.embedded import NatsServer, Scratch, start_nats_server
 from drsm_agent.embedded.server import free_port
-from drsm_agent.errors import BusUnavailable, TooLarge
+from drsm_agent.errors import BusUnavailable, Misconfigured, TooLarge
 from drsm_agent.ports import Incoming
 from drsm_sdk.nats_transport import NatsTransport
 from drsm_sdk.transport import TransportError
@@ -23,6 +29,24 @@ CONNECTED_SECONDS = 20.0
 """A bound against hanging."""
 NOTICED_SECONDS = 12.0
 """Two unanswered pings, 2 s apart, and time to come back. (nats-py's own setting takes six minutes.)"""
+
+
+def kinds_of(base: type[Exception]) -> list[type[Exception]]:
+    """It and all that are derived from it."""
+    kinds = [base, *(kind for derived in base.__subclasses__() for kind in kinds_of(derived))]
+    return [
+        kind for kind in kinds if not kind.__module__.startswith("nats.js")
+    ]  # of JetStream, which nobody uses
+
+
+def made(kind: type[Exception]) -> Exception:
+    """One of them, with as many arguments as it wants."""
+    for count in (1, 2, 3, 4):
+        with suppress(TypeError):
+            error = kind(*["by a test"] * count)
+            str(error)
+            return error
+    return kind()
 
 
 class Line:
@@ -199,3 +223,60 @@ async def eventually_said(line: Line, data: bytes) -> None:
         while data not in line.heard:
             await line.say(data)
             await asyncio.sleep(0.02)
+
+
+async def test_a_pod_connects_again_although_the_applications_threads_are_all_busy() -> None:
+    """asyncio looks host names up in them, but for the SDK."""
+    async with Scratch() as scratch:
+        server = await start_nats_server(scratch)
+        transport = NatsTransport(server.url.replace("127.0.0.1", "localhost"))
+        await transport.connect(CONNECTED_SECONDS)
+        busy, loop = threading.Event(), asyncio.get_running_loop()
+        threads = ThreadPoolExecutor(1)
+        loop.set_default_executor(threads)
+        try:
+            for _ in range(3):
+                threads.submit(busy.wait)
+            await server.kill()
+            await server.start()
+            await eventually(lambda: transport.epoch > 1 and transport.connected, NOTICED_SECONDS)
+        finally:
+            busy.set()
+            await transport.close()
+
+
+@pytest.mark.parametrize(
+    "kind", [*kinds_of(NatsError), OSError, ssl.SSLError, ConnectionResetError, EOFError]
+)
+async def test_no_error_of_the_client_library_leaves_the_bus_unclassified(
+    nats_url: str, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    """Whatever it raises, of whichever operation, is an error of the agent's."""
+
+    async def fail(*_: Any, **__: Any) -> None:
+        raise made(kind)
+
+    async def ignore(_: Incoming) -> None:
+        pass
+
+    bus = await NatsBus.connect(nats_url, name="agent", timeout=CONNECTED_SECONDS)
+    subscription = await bus.subscribe("x", ignore)
+    with monkeypatch.context() as broken:
+        broken.setattr(Client, "publish", fail)
+        broken.setattr(Client, "subscribe", fail)
+        broken.setattr("nats.aio.subscription.Subscription.unsubscribe", fail)
+        for operation in (
+            bus.publish("x", b""),
+            bus.flush(),
+            bus.carried(),
+            bus.request("x", b"", 1.0, lambda _: True),
+            bus.subscribe("y", ignore),
+        ):
+            with pytest.raises(BusUnavailable):
+                await operation
+        await subscription.stop()
+    await bus.close()
+    with monkeypatch.context() as broken:
+        broken.setattr(Client, "connect", fail)
+        with pytest.raises((BusUnavailable, Misconfigured)):
+            await NatsBus.connect(nats_url, name="agent", timeout=CONNECTED_SECONDS)

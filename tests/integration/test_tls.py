@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 
 import pytest
 import trustme
+from cryptography.hazmat.primitives import serialization
 from nats.aio.client import Client, Srv
 from nats.errors import Error as NatsError
 
@@ -23,7 +24,7 @@ from drsm_agent.errors import BusUnavailable
 from drsm_sdk import Drsm, Pod, nats_transport
 from drsm_sdk.nats_transport import NatsTransport
 from drsm_sdk.transport import NotConnected
-from tests.harness import POOL, SEEN_SECONDS, Domain
+from tests.harness import POOL, SEEN_SECONDS, UNHURRIED, Domain, eventually
 
 TLS = """
 tls {{ cert_file: "{0}/server.pem", key_file: "{0}/server.key", ca_file: "{0}/ca.pem", verify: true }}
@@ -50,18 +51,13 @@ class Secured:
     @property
     def context(self) -> ssl.SSLContext:
         context = ssl.create_default_context(cafile=self.home / "ca.pem")
-        context.load_cert_chain(self.home / "client.pem", self.home / "client.key")
+        context.load_cert_chain(self.home / "client.pem", self.home / "client.key", password="of the key")
         return context
 
 
 @asynccontextmanager
 async def secured(domain: Domain, home: Path) -> AsyncIterator[Secured]:
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(home / "ca.pem")
-    for name in ("server", "client"):
-        issued = authority.issue_cert("127.0.0.1")
-        issued.cert_chain_pems[0].write_to_path(home / f"{name}.pem")
-        issued.private_key_pem.write_to_path(home / f"{name}.key")
+    issue(home)
     async with Scratch() as scratch:
         nats = await start_nats_server(scratch, config=TLS.format(home))
         yield Secured(Domain(domain.mongo_url, nats.url, domain.database, domain.prefix), home)
@@ -85,6 +81,53 @@ async def test_an_agent_that_does_not_know_the_servers_authority_does_not_connec
         with pytest.raises(BusUnavailable, match="certificate"):
             async with service.running(it.domain.settings(**it.agent)):
                 pass
+
+
+@pytest.mark.parametrize("first", [False, True])
+async def test_certificates_that_are_renewed_on_disk_are_read_for_the_next_connection(
+    domain: Domain, tmp_path: Path, *, first: bool
+) -> None:
+    """By another authority, say: as cert-manager does. Agent and SDK; also where TLS begins first, and with a
+    password on the key."""
+    config = TLS.replace("verify: true", f"verify: true, handshake_first: {str(first).lower()}")
+    issue(tmp_path, password=b"of the key")
+    async with Scratch() as scratch:
+        server = await start_nats_server(scratch, config=config.format(tmp_path))
+        it = Secured(Domain(domain.mongo_url, server.url, domain.database, domain.prefix), tmp_path)
+        more = {"nats_tls_key_password": "of the key", "nats_tls_handshake_first": first}
+        pod = Pod("amf-1", "10.0.0.1", "i")
+        options: Any = {"tls_handshake_first": True} if first else {}
+        async with (
+            it.domain.agent(**it.agent, **more, **UNHURRIED) as agent,
+            Drsm.connect(
+                server.url, pod, prefix=domain.prefix, timeout=SEEN_SECONDS, tls=lambda: it.context, **options
+            ) as drsm,
+        ):
+            pool = await drsm.join(POOL)
+            issue(tmp_path, password=b"of the key")
+            await server.kill()
+            await server.start()
+            await eventually(lambda: agent._bus.reconnects and agent.leader.leading.is_set())
+            await eventually(lambda: drsm._transport.epoch > 1 and drsm._transport.connected)
+            assert await pool.allocate(timeout=SEEN_SECONDS)
+
+
+def issue(home: Path, password: bytes = b"") -> None:
+    """A new authority's certificates, in the same files."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(home / "ca.pem")
+    for name in ("server", "client"):
+        issued = authority.issue_cert("127.0.0.1", "localhost")
+        issued.cert_chain_pems[0].write_to_path(home / f"{name}.pem")
+        key = issued.private_key_pem.bytes()
+        if password and name == "client":
+            loaded = serialization.load_pem_private_key(key, None)
+            key = loaded.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.BestAvailableEncryption(password),
+            )
+        (home / f"{name}.key").write_bytes(key)
 
 
 @asynccontextmanager

@@ -7,13 +7,20 @@ from contextlib import aclosing, suppress
 
 import pytest
 import pytest_asyncio
+from pymongo import AsyncMongoClient
+from pymongo.common import URI_OPTIONS_VALIDATOR_MAP
 from pymongo.errors import OperationFailure
 
+from drsm_agent.core.documents import Document
+from drsm_agent.core.table import SESSIONS
+from drsm_agent.core.writes import LEADER, SETTINGS, Insert
 from drsm_agent.embedded import Mongod, Stack, start_standalone
 from drsm_agent.embedded.binaries import find_mongod
-from drsm_agent.errors import AgentError, Misconfigured, StoreUnavailable
+from drsm_agent.errors import AgentError, Misconfigured, StoreRefused, StoreUnavailable
 from drsm_agent.store import check
-from drsm_agent.store.mongo import MongoStore
+from drsm_agent.store.faults import unavailable
+from drsm_agent.store.mongo import MongoStore, client_options
+from drsm_agent.store.url import OVERRIDDEN, REFUSED, TAKEN
 from tests.store.tools import POOLS, Stand
 
 SHORT = 2.0
@@ -117,12 +124,12 @@ async def test_wrong_credentials_are_refused(mongo_url: str) -> None:
 @pytest.mark.parametrize(("code", "expected"), [(13, Misconfigured), (91, StoreUnavailable)])
 def test_a_missing_permission_is_told_from_an_outage(code: int, expected: type[Exception]) -> None:
     """The first will not pass by itself."""
-    with pytest.raises(expected), check.permitted("host"):
+    with pytest.raises(expected), check.refused_at_once("host"):
         _fail_for_want_of(OperationFailure("not authorized on d to execute command", code))
 
 
 def _fail_for_want_of(cause: Exception) -> None:
-    raise StoreUnavailable("no answer") from cause
+    raise unavailable(cause, "a test") from cause
 
 
 async def test_an_old_mongodb_is_refused(mongo: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,16 +158,93 @@ def test_only_the_hosts_of_a_url_are_shown(url: str, hosts: str) -> None:
 async def test_the_urls_options_do_not_weaken_the_guarantees(mongo_url: str, database: str) -> None:
     """Nor break the waiting for news."""
     weak = f"{mongo_url}&w=1&journal=false&readConcernLevel=local&timeoutMS=9000&readPreference=secondary"
+    weak += "&wTimeoutMS=1&retryWrites=false&tz_aware=false&maxPoolSize=1&minPoolSize=1"
+    weak += "&heartbeatFrequencyMS=600000"
     async with MongoStore(weak, database, {"amfid": database}) as store:
         await store.check()
         client = store._client
-        assert client.write_concern.document == {"w": "majority", "j": True}
+        assert client.write_concern.document == {"w": "majority", "j": True, "wtimeout": 0}
         assert client.read_concern.level == "majority"
         assert client.read_preference.name == "Primary"
         async with aclosing(store.changes(after=(await store.snapshot()).at)) as batches:
             await anext(batches)
             async with asyncio.timeout(8.0):  # of idle batches, which come twice a second
                 await anext(batches)
+
+
+def test_every_option_of_the_drivers_urls_is_decided() -> None:
+    """A new driver's new options, too; and what is overridden has a value of the agent's."""
+    known = {name.lower() for name in URI_OPTIONS_VALIDATOR_MAP}
+    assert known == TAKEN | OVERRIDDEN | REFUSED.keys()
+    assert len(TAKEN) + len(OVERRIDDEN) + len(REFUSED) == len(known)
+    assert {name.lower() for name in client_options(1.0)} >= OVERRIDDEN
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("loadBalanced=true", "load balancer"),
+        ("maxStalenessSeconds=90", "primary"),
+        ("readPreferenceTags=dc:east", "primary"),
+        ("fsync=true", "journal"),
+        ("authMechanism=MONGODB-AWS", "SCRAM-SHA-256"),
+        ("authMechanism=MONGODB-OIDC&authMechanismProperties=ENVIRONMENT:azure", "SCRAM-SHA-256"),
+        ("authMechanism=gssapi", "SCRAM-SHA-256"),
+        ("replicaset_=rs0", "expected an option"),
+        ("REPLICASET=rs0&LOADBALANCED=true", "load balancer"),
+    ],
+)
+async def test_options_that_the_agent_cannot_work_with_are_refused_before_anything_is_sent(
+    option: str, reason: str
+) -> None:
+    """Ways to authenticate of clouds ask services of theirs: those are never reached."""
+    assert reason in await _refusal(f"mongodb://user:secret@127.0.0.1:1/?{option}")
+
+
+async def test_a_url_that_names_one_member_alone_follows_the_primary_all_the_same(mongo_url: str) -> None:
+    """`mongosh` shows such URLs. With a direct connection nobody would lead after the next election."""
+    address = mongo_url.removeprefix("mongodb://").partition("/")[0].split(",")[0]
+    async with MongoStore(f"mongodb://{address}/?directConnection=true", "d", {"amfid": "d"}) as store:
+        await store.check()
+        assert store._client.delegate.topology_description.topology_type_name == "ReplicaSetWithPrimary"
+
+
+@pytest.mark.parametrize("collection", [SESSIONS, "amfid", LEADER, SETTINGS])
+async def test_a_validator_that_does_not_let_the_agents_documents_in_is_refused(
+    mongo: Stand, collection: str
+) -> None:
+    """The start tries what the work will do, and leaves nothing behind."""
+    await mongo.database.create_collection(collection, validator={"owner": {"$exists": True}})
+    with pytest.raises(Misconfigured, match="validator"):
+        await mongo.store.check()
+    await mongo.database.command({"collMod": collection, "validator": {}})
+    await mongo.store.check()
+    assert await mongo.database[collection].count_documents({}) == 0
+
+
+async def test_a_write_that_a_validator_refuses_later_is_told_as_that(mongo: Stand) -> None:
+    """Not as an outage."""
+    await mongo.database.create_collection("amfid", validator={"owner": {"$exists": True}})
+    with pytest.raises(StoreRefused, match="validator"):
+        await mongo.store.write([Insert("amfid", {"_id": "chunkid-1"})])
+
+
+async def test_a_pool_whose_collection_is_a_view_is_refused_at_once(mongo: Stand) -> None:
+    await mongo.database.create_collection("amfid", viewOn="others", pipeline=[])
+    with pytest.raises(Misconfigured, match="view"):
+        await mongo.store.check()
+
+
+async def test_a_database_that_differs_only_in_capital_letters_is_refused_at_once(
+    mongo_url: str, database: str
+) -> None:
+    """With what to set."""
+    async with AsyncMongoClient[Document](mongo_url) as client:
+        await client[database.upper()]["other"].insert_one({"_id": 1})
+        async with MongoStore(mongo_url, database, {"amfid": database}) as store:
+            with pytest.raises(Misconfigured, match="DRSM_MONGO_DATABASE"):
+                await store.check()
+        await client.drop_database(database.upper())
 
 
 async def test_a_refused_store_closes_cleanly() -> None:

@@ -1,28 +1,34 @@
 """What only a real MongoDB can show: ends of the stream, outages, odd documents, several databases."""
 
 import asyncio
+import ssl
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from typing import Any
 
 import pytest
 import pytest_asyncio
 from bson import Int64, Timestamp
+from bson.errors import BSONError
 from bson.raw_bson import RawBSONDocument
+from pymongo.errors import PyMongoError
 from pymongo.hello import Hello
 from pymongo.server_description import ServerDescription
+from pymongo.synchronous.pool import Connection
 
 from drsm_agent import errors
 from drsm_agent.core.documents import Document
 from drsm_agent.core.table import SESSIONS
 from drsm_agent.core.writes import LEADER, POSITION, Insert, touch_stamp
 from drsm_agent.embedded import ReplicaSet, Stack, start_replica_set
-from drsm_agent.errors import DROPPED, PositionLost, StoreRefused, StoreUnavailable
+from drsm_agent.errors import DROPPED, AgentError, PositionLost, StoreRefused, StoreUnavailable
 from drsm_agent.ports import Batch
 from drsm_agent.store import mongo
 from drsm_agent.store.change_stream import POSITION_DEAD, cluster_time, read_event, timestamp
 from drsm_agent.store.cursor import RawCursor, plain
 from drsm_agent.store.faults import REMEDIES
+from drsm_agent.store.mongo import MongoStore
 from tests.store.tools import (
     POOLS,
     TERM,
@@ -204,7 +210,11 @@ async def test_a_dead_position_is_told_by_its_code(fragile: Stand, code: int) ->
     assert (caught.value.code, caught.value.end) == (code, errors.POSITION_DEAD)
 
 
-@pytest.mark.parametrize("code", sorted(REMEDIES))
+OF_THEIR_OWN_TESTS = {121, 166, 303}
+"""A failpoint cannot give what MongoDB sends along with these."""
+
+
+@pytest.mark.parametrize("code", sorted(REMEDIES.keys() - OF_THEIR_OWN_TESTS))
 async def test_a_refusal_is_told_from_an_outage_with_what_to_do(fragile: Stand, code: int) -> None:
     """Of the stream and of every other operation: no waiting mends a permission that was taken away."""
     after = await _filled(fragile)
@@ -230,6 +240,81 @@ async def test_any_other_error_may_be_an_outage(fragile: Stand, code: int) -> No
     await _fail(fragile, ["getMore"], 1, errorCode=code)
     async with aclosing(fragile.store.changes(after=after)) as batches:
         assert await _interrupted(batches) == "interrupted"
+
+
+@pytest.mark.parametrize("code", [91, 189, 246, 262, 10107, 11600])
+@pytest.mark.parametrize("command", ["delete", "insert", "find", "aggregate"])
+async def test_what_is_an_outage_while_running_is_one_at_start(
+    fragile: Stand, own_set: ReplicaSet, database: str, code: int, command: str
+) -> None:
+    """During an election, say: the start waits, whichever of its commands met it."""
+    await _fail(fragile, [command], 2**31 - 1, errorCode=code)
+    async with MongoStore(own_set.url, database, {POOL: database}, timeout=FAULT_TIMEOUT / 6) as store:
+        with pytest.raises(StoreUnavailable) as caught:
+            await store.check()
+    assert not isinstance(caught.value, StoreRefused)
+    await fragile.database.client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+    await fragile.store.check()
+
+
+def _classes(*bases: type[Exception]) -> list[type[Exception]]:
+    """These and all that are derived from them."""
+    found = dict.fromkeys(bases)
+    for base in bases:
+        found |= dict.fromkeys(_classes(*base.__subclasses__()))
+    return list(found)
+
+
+def _made(kind: type[Exception]) -> Exception:
+    possible: list[tuple[Any, ...]] = [("by a test",), ({},), ("by a test", {}), ()]
+    for arguments in possible:
+        with suppress(Exception):
+            return kind(*arguments)
+    return OSError("by a test")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [*_classes(PyMongoError, BSONError), OSError, ssl.SSLError, ssl.SSLCertVerificationError, EOFError],
+)
+async def test_no_error_of_the_driver_leaves_the_store_unclassified(
+    mongo_url: str, database: str, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    """Whatever it raises, of whichever operation, is an error of the agent's."""
+
+    def fail(self: Connection, database: str, command: Any, *more: Any, **options: Any) -> Any:
+        if {"hello", "isMaster", "ismaster"} & set(command):  # how the driver finds the primary
+            return really(self, database, command, *more, **options)
+        raise _made(kind)
+
+    really = Connection.command
+
+    def fail_to_send(*_: Any, **__: Any) -> None:
+        raise _made(kind)
+
+    monkeypatch.setattr(Connection, "command", fail)
+    monkeypatch.setattr(Connection, "send_message", fail_to_send)
+    store = MongoStore(mongo_url, database, {POOL: database}, timeout=FAULT_TIMEOUT / 3)
+
+    async def changes() -> None:
+        async with aclosing(store.changes(after=1)) as batches:
+            await anext(batches)
+
+    async with store:
+        raised = await asyncio.gather(
+            store.check(),
+            store.write([touch_stamp(TERM, "agent")]),
+            store.write([Insert(POOL, chunk(10).document)]),
+            store.read(SESSIONS),
+            store.snapshot(),
+            store.ttl(POOL),
+            store.has_chunks(POOL),
+            store.has_go(POOL),
+            changes(),
+            return_exceptions=True,
+        )
+        assert [error for error in raised if not isinstance(error, AgentError)] == []
+        assert await store.elsewhere([POOL]) == {}
 
 
 async def test_the_caller_goes_on_from_its_token_after_an_outage(
