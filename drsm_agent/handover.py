@@ -1,6 +1,7 @@
 """A leader that leads to no end gives the lead to a standby that may do better (rule R7).
 
-NATS may be torn, and the pods on the other side: then no pod is heard. Or this leader has heard itself too
+NATS may be torn, and the pods on the other side: then no pod is heard. (A single pod that was heard before is
+more likely gone: its session expires after `L`, as any other.) Or this leader has heard itself too
 late to judge for `T`. The leader's record says that it was handed over, and the next leader does not repeat
 that before it has heard a pod.
 """
@@ -18,6 +19,9 @@ from drsm_agent.reign import Reign
 
 UNHEARD_SHARE = 0.75
 """Of `L`, without a word of any pod: nobody has been expired by then."""
+SIGNS_MIN = 2
+"""Sessions of pods that were heard in this lead and are not any more: that NATS is torn, and not that one pod
+is gone, shows only where several are silent at once."""
 LOOKS_PER_LEASE = 6
 """So often within `L` is it looked whether the lead is of any use."""
 
@@ -66,7 +70,9 @@ class HandOver:
         """Why this lead is of no use; empty while it is of some."""
         enough = UNHEARD_SHARE * self._leases.effective_liveness(len(self._table.sessions))
         silent, late = self._hearing.silence(), self._probe.late(now)
-        if silent >= enough and self._table.alive():
+        alive = len(self._table.alive())
+        torn = alive >= SIGNS_MIN or (alive and not self._hearing.any.is_set())
+        if silent >= enough and torn:
             return f"no pod was heard for {silent:.1f} s"
         if late >= self._leases.leader:
             return f"requests to myself come back too late since {late:.1f} s"

@@ -547,6 +547,30 @@ async def test_a_leader_that_no_pod_reaches_hands_over_to_a_standby(domain: Doma
                 await eventually_in_mongodb(domain, {"handed_over": False})
 
 
+async def test_the_only_pods_death_takes_one_lease_and_no_change_of_leader(domain: Domain) -> None:
+    """Though the leader then hears no pod, and a standby waits: it has heard that one before."""
+    settings = domain.settings(**TORN)
+    async with requester(domain.nats_url, domain.prefix) as asking, leading(settings), running(settings):
+        opened = await asking.open("amf-1")
+        clock = asyncio.get_running_loop()
+        await asking.renew("amf-1", opened.incarnation)
+        await asking.acquire("amf-1", opened.incarnation)
+        async with mongo_client(domain) as client:
+            leader = client[domain.database]["drsm_leader"]
+            async with asyncio.timeout(SEEN_SECONDS):
+                while not (await leader.find_one() or {}).get("standbys"):
+                    await asyncio.sleep(0.05)
+            await asking.renew("amf-1", opened.incarnation)
+            heard = clock.time()
+            with capture_logs() as logs:
+                await asking.seen(lambda: asking.of(m.PodDown))
+            assert (
+                clock.time() - heard < 1.4 * TORN["liveness_ttl"]
+            )  # and not one more lease of a next leader
+            assert (await leader.find_one() or {})["term"] == opened.incarnation >> 32
+        assert not [reason for reason in lost_leads(logs) if "a standby waits" in reason]
+
+
 async def test_a_hand_over_is_not_repeated_before_a_pod_was_heard(domain: Domain) -> None:
     """Both agents are on the wrong side, or the pods are dead: the second one judges."""
     async with AsyncExitStack() as servers, requester(domain.nats_url, domain.prefix) as asking:
