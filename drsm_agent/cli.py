@@ -46,6 +46,9 @@ class Members(Enum):
     THREE = "3"
 
 
+CHUNKS_FEW = 16
+"""Of a pool, below which a warning says how few pods it can serve."""
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 log = structlog.get_logger("drsm_agent")
 
@@ -130,7 +133,22 @@ async def _serve(configured: settings.Settings) -> None:
             mongo=configured.mongo_hosts,
             http_port=agent.http_port,
         )
+        _tell_sizes(configured)
         await agent.ended()
+
+
+def _tell_sizes(configured: settings.Settings) -> None:
+    """How many pods each pool can serve: each that issues has a chunk."""
+    for pool in configured.definitions.values():
+        log.info("pool", pool=pool.name, chunks=pool.usable, pods_at_most=pool.usable)
+        if pool.usable < CHUNKS_FEW:
+            log.warning(
+                "small_pool",
+                pool=pool.name,
+                chunks=pool.usable,
+                action=f"no more than {pool.usable} pods can issue at once, and fewer while chunks of dead "
+                "ones are on hold: lower block_bits, or widen the pool (docs/settings.md#pools)",
+            )
 
 
 async def _restored() -> None:

@@ -24,7 +24,11 @@ from drsm_sdk.wire.subjects import valid_pool_name
 INTEGER, IPV4, IPV6 = "integer", "ipv4", "ipv6"
 BITS_MIN, BITS_MAX, BITS_DEFAULT = 10, 64, 24
 BLOCK_BITS_MAX = 16
-BLOCK_BITS_DEFAULT = {INTEGER: 10, IPV4: 8, IPV6: 8}
+BLOCK_BITS_INTEGER, BLOCK_BITS_ADDRESS = 10, 8
+"""As they are if not given. Go DRSM knows no other one than 10."""
+BLOCKS_MIN_BITS = 4
+"""The first range of an address space has at least so many bits of blocks, if `block_bits` is not given: 16
+blocks, so that as many pods can have one."""
 SLOTS_DEFAULT = 1000
 """Go DRSM issues 1000 of the 1024 ids of a chunk; both can then live on one collection."""
 RANGES_MAX, EXCLUDED_MAX = 256, 1000
@@ -65,7 +69,8 @@ class Space:
     bits        integer: width of an id, 10..64; 0 means 24
     ranges      addresses: prefixes such as `10.45.0.0/16`, none overlapping another
     prefix      addresses: length of the prefix that is one id; 0 means a single address (32, 128)
-    block_bits  a block has 2**block_bits ids, 1..16; 0 means 10, and 8 for addresses
+    block_bits  a block has 2**block_bits ids, 1..16; 0 means 10, and for addresses 8, or less where the first
+                range would have fewer than 16 blocks
     slots       how many ids of a block are issued, 1..2**block_bits; 0 means min(1000, 2**block_bits), and
                 all of them for addresses
     reserved    integer: id ranges (first, last) that are never issued; id 0 never is
@@ -97,7 +102,6 @@ class Space:
         """Fill in the defaults, check every rule, and work out what the rest of this class looks at."""
         self._require("kind", self.kind in {INTEGER, IPV4, IPV6}, "'integer', 'ipv4' or 'ipv6'")
         self._require("order", self.order in {FIFO, RANDOM, SPREAD}, "'fifo', 'random' or 'spread'")
-        self._default("block_bits", BLOCK_BITS_DEFAULT[self.kind])
         if self.kind == INTEGER:
             self._check_integer()
         else:
@@ -108,6 +112,7 @@ class Space:
 
     def _check_integer(self) -> None:
         self._default("bits", BITS_DEFAULT)
+        self._default("block_bits", BLOCK_BITS_INTEGER)
         self._require("bits", BITS_MIN <= self.bits <= BITS_MAX, f"{BITS_MIN}..{BITS_MAX}")
         most = min(BLOCK_BITS_MAX, self.bits - 1)
         self._require("block_bits", 1 <= self.block_bits <= most, f"1..{BLOCK_BITS_MAX} and below bits")
@@ -118,14 +123,20 @@ class Space:
         for first, last in self.reserved:
             self._require("reserved", 0 <= first <= last < 2**self.bits, "ranges [first, last] within bits")
 
+    def _block_bits_of(self, first: str) -> int:
+        """Of the first range alone: ranges that are added later leave every block where it is."""
+        bits = self.prefix - self._network("ranges", first).prefixlen
+        return min(BLOCK_BITS_ADDRESS, max(bits - BLOCKS_MIN_BITS, 1))
+
     def _check_address(self) -> None:
         for name in ("bits", "reserved"):
             self._require(name, not getattr(self, name), "none of it for addresses")
         width = WIDTH[self.kind]
         self._default("prefix", width)
         self._require("prefix", 2 <= self.prefix <= width, f"2..{width}")
-        self._require("block_bits", 1 <= self.block_bits <= BLOCK_BITS_MAX, f"1..{BLOCK_BITS_MAX}")
         self._require("ranges", 1 <= len(self.ranges) <= RANGES_MAX, f"1..{RANGES_MAX} prefixes")
+        self._default("block_bits", self._block_bits_of(self.ranges[0]))
+        self._require("block_bits", 1 <= self.block_bits <= BLOCK_BITS_MAX, f"1..{BLOCK_BITS_MAX}")
         self._require("excluded", len(self.excluded) <= EXCLUDED_MAX, f"at most {EXCLUDED_MAX}")
         longest = self.prefix - self.block_bits
         self._require("block_bits", longest >= 1, f"1..{self.prefix - 1}, below prefix")

@@ -14,7 +14,7 @@ from drsm_agent.service import running
 from drsm_sdk import BadRequest, Demux, Drsm, NotAllocated, NotOwner, Pod, Pool, PoolExhausted
 from drsm_sdk.wire import messages as m
 from tests.acceptance.test_operator import shown
-from tests.harness import ONE_LEAD, SEEN_SECONDS, Domain, eventually, requester, within
+from tests.harness import ONE_LEAD, SEEN_SECONDS, UNHURRIED, Domain, eventually, requester, within
 from tests.integration.test_start import refused
 from tests.sdk.fake_agent import SkippingClock
 
@@ -261,3 +261,19 @@ async def test_a_shrink_is_refused_and_names_what_stands_in_its_way(domain: Doma
     said = await refused(domain, DRSM_POOLS=json.dumps([less]))
     assert "pool:ue: these would not stay where they are: chunk 4 of smf-1, chunk 5 of smf-1" in said
     assert "have them given back first" in said
+
+
+async def test_a_small_network_serves_more_than_one_pod(domain: Domain) -> None:
+    """A /24 has chunks for several pods, and the process that serves it says for how many."""
+    pools = [{"name": "ue", "kind": "ipv4", "ranges": ["10.45.0.0/24"]}]
+    async with AsyncExitStack() as life:
+        await life.enter_async_context(domain.agent(pools=pools, **UNHURRIED))
+        addresses = []
+        for i in range(4):
+            pod = Pod(f"smf-{i}", "10.0.0.1", "i")
+            drsm = await life.enter_async_context(
+                Drsm.connect(domain.nats_url, pod, prefix=domain.prefix, timeout=SEEN_SECONDS)
+            )
+            pool = await drsm.join("ue", in_use=lambda first, last: [])
+            addresses.append(await pool.allocate(timeout=SEEN_SECONDS))
+        assert len(set(addresses)) == 4

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import json
 import os
 import signal
 import sys
@@ -89,7 +90,7 @@ BAD_POOLS = {
         "[0]: pool p: ranges: expected ipv4 prefixes without host bits, such as 10.45.0.0/16, got ",
     ),
     "smaller than a block": (
-        '"kind": "ipv4", "ranges": ["10.45.0.0/25"]',
+        '"kind": "ipv4", "ranges": ["10.45.0.0/25"], "block_bits": 8',
         "[0]: pool p: ranges: expected prefixes of at most 24 bits, as a block has 8 of 32, got '10.45.0.0/",
     ),
     "bits of a block": (
@@ -362,3 +363,22 @@ async def test_ids_above_what_mongodb_can_count_can_be_reserved(domain: Domain) 
     for changes in ({}, {}, {"revision": 2, "reserved": [[2**63 + 1, 2**64 - 1]]}):
         async with domain.agent(pools=[pool | changes]):
             pass
+
+
+async def test_a_start_says_how_many_pods_each_pool_can_serve(domain: Domain) -> None:
+    """And warns of one that has hardly a chunk."""
+    pools = [
+        {"name": "small", "kind": "ipv4", "ranges": ["10.45.0.0/24"], "block_bits": 8},
+        {"name": "wide", "kind": "ipv4", "ranges": ["10.46.0.0/16"]},
+    ]
+    process = await start_agent(domain, DRSM_POOLS=json.dumps(pools), DRSM_LOG_FORMAT="json")
+    assert process.stderr is not None
+    said: list[dict[str, Any]] = []
+    while not any(line["event"] == "pool" and line["pool"] == "wide" for line in said):
+        line = await within(process.stderr.readline())
+        said += [json.loads(line)] if line.startswith(b"{") else []
+    process.terminate()
+    await within(process.communicate())
+    sizes = {line["pool"]: line["pods_at_most"] for line in said if line["event"] == "pool"}
+    assert sizes == {"small": 1, "wide": 256}
+    assert [line["pool"] for line in said if line["event"] == "small_pool"] == ["small"]

@@ -175,13 +175,13 @@ BESIDE = "none of it beside spaces; each space has its own"
         (UES, {"ranges": ("2001:db8::/48",)}, V4_PREFIX, "2001:db8::/48"),
         (V6, {"ranges": ("10.45.0.0/16",)}, V6_PREFIX, "10.45.0.0/16"),
         (
-            UES,
+            UES | {"block_bits": 8},
             {"ranges": ("10.45.0.0/25",)},
             "prefixes of at most 24 bits, as a block has 8 of 32",
             "10.45.0.0/25",
         ),
         (
-            V6,
+            V6 | {"block_bits": 8},
             {"ranges": ("2001:db8::/60",)},
             "prefixes of at most 56 bits, as a block has 8 of 64",
             "2001:db8::/60",

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from drsm_sdk.wire.definition import Definition
-from drsm_sdk.wire.space import WIDTH, Space
+from drsm_sdk.wire.space import IPV4, IPV6, WIDTH, Space
 
 BASE = {"ipv4": int(IPv4Address("10.45.0.0")), "ipv6": int(IPv6Address("2001:db8::"))}
 NETWORK = {"ipv4": IPv4Network, "ipv6": IPv6Network}
@@ -404,3 +404,29 @@ def test_a_further_range_at_the_end_is_growth_and_one_in_front_is_not(
     assert behind.grows_from(old)
     assert not before.grows_from(old)
     assert not old.grows_from(behind)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "prefix", "block_bits", "chunks"),
+    [
+        (("10.45.0.0/16",), 0, 8, 256),
+        (("10.45.0.0/20",), 0, 8, 16),
+        (("10.45.0.0/22",), 0, 6, 16),
+        (("10.45.0.0/24",), 0, 4, 16),
+        (("10.45.0.0/24", "10.45.8.0/22"), 0, 4, 80),
+        (("10.45.0.0/29",), 0, 1, 4),
+        (("2001:db8::/48",), 64, 8, 256),
+        (("2001:db8::/58",), 64, 2, 16),
+        (("2001:db8::/62",), 64, 1, 2),
+    ],
+)
+def test_a_small_range_has_small_blocks_so_that_several_pods_can_have_one(
+    ranges: tuple[str, ...], prefix: int, block_bits: int, chunks: int
+) -> None:
+    """Sixteen at least, where there are as many pairs of addresses. A range that is added later changes
+    nothing."""
+    kind = IPV6 if ":" in ranges[0] else IPV4
+    space = Space(name="ue", kind=kind, ranges=ranges, prefix=prefix)
+    assert (space.block_bits, space.capacity) == (block_bits, chunks)
+    more = "2001:db9::/48" if kind == IPV6 else "10.46.0.0/16"
+    assert Space(name="ue", kind=kind, ranges=(*ranges, more), prefix=prefix).block_bits == block_bits
