@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import structlog
+
 from drsm_agent.core import writes
 from drsm_agent.core.documents import Chunk, Owner, chunk_key
 from drsm_agent.core.events import RELEASED
@@ -26,10 +28,15 @@ from drsm_agent.sessions import Sessions
 from drsm_sdk.wire import messages as m
 from drsm_sdk.wire.definition import Definition
 
+FORMER_MIN, FORMER_SHARE = 2, 0.1
+"""A pod with more chunks of its former lives on hold, and more than such a share of the pool, gets none."""
 ALLOCATION_ROUNDS_MAX = 8
 """Times that other allocators may pick the same numbers first before a requester is told to try again."""
 CHUNKS_PER_FLIGHT_MAX = 10_000
 """Inserts of one bulk: 0.2 s on a small replica set. When more are asked for at once, all get fewer."""
+
+
+log = structlog.get_logger("drsm_agent.allocations")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,8 @@ class Allocations:
         self._free = {
             name: _free_numbers(reign.definitions[name], pool) for name, pool in reign.table.pools.items()
         }
+        self._looping: set[tuple[str, str]] = set()
+        """Pods of which it was said that they end again and again."""
         self._odd: dict[str, set[int]] = {name: set() for name in reign.table.pools}
         """Numbers whose documents are there and cannot be read: of no use to anybody."""
         self._acquires = {name: Flight(tasks, partial(self._acquire_all, name)) for name in reign.table.pools}
@@ -116,11 +125,11 @@ class Allocations:
         await self._relay.read_back()
         table = self._table.pools[pool]
         await self._mirrors.ensure(table, {want.owner for want in wanted})
-        receiving = [self._mirrors.may_receive(table, want.owner) for want in wanted]
+        refusals = [self._refusal(table, want.owner) for want in wanted]
         share = max(1, CHUNKS_PER_FLIGHT_MAX // len(wanted))
         missing = [
-            min(want.count, share) if may_receive and not self._granted(table, want) else 0
-            for want, may_receive in zip(wanted, receiving, strict=True)
+            0 if refusal or self._granted(table, want) else min(want.count, share)
+            for want, refusal in zip(wanted, refusals, strict=True)
         ]
         exhausted = False
         for _ in range(ALLOCATION_ROUNDS_MAX):
@@ -139,9 +148,8 @@ class Allocations:
             } - table.chunks.keys()
             self._metrics.conflicts.inc(len(outcome.refused))
         return [
-            self._granted(table, want)
-            or (self._none(exhausted, table) if may_receive else self._mirrors.refusal(table, want.owner))
-            for want, may_receive in zip(wanted, receiving, strict=True)
+            self._granted(table, want) or refusal or self._none(exhausted, table)
+            for want, refusal in zip(wanted, refusals, strict=True)
         ]
 
     def _numbers(self, pool: PoolTable, count: int) -> list[int]:
@@ -202,6 +210,38 @@ class Allocations:
         numbers = pool.requests.get(wanted.request_id, ())
         chunks = [chunk for n in numbers if (chunk := pool.chunks[n]).owner == wanted.owner]
         return chunks[: wanted.count]
+
+    def _refusal(self, pool: PoolTable, owner: Owner) -> Refused | None:
+        """Why a pod gets no fresh chunk at this moment; None if it may."""
+        if not self._mirrors.may_receive(pool, owner):
+            return self._mirrors.refusal(pool, owner)
+        return self._loops(pool, owner)
+
+    def _loops(self, pool: PoolTable, owner: Owner) -> Refused | None:
+        """A pod that dies again and again leaves a chunk on hold each time, and would have the whole pool."""
+        held = pool.held.get(owner.key)
+        owned = (pool.chunks[n] for n in held.numbers if n in pool.marked) if held else ()
+        former = [chunk for chunk in owned if chunk.drsm and chunk.drsm.returned]
+        most = max(FORMER_MIN, int(self._definitions[pool.name].usable * FORMER_SHARE))
+        if len(former) <= most:
+            self._looping.discard((pool.name, owner.name))
+            return None
+        if (pool.name, owner.name) not in self._looping:
+            self._looping.add((pool.name, owner.name))
+            log.error(
+                "pod_crash_loops",
+                pool=pool.name,
+                pod=owner.name,
+                chunks=len(former),
+                action="this pod ended again and again; it gets no fresh chunk before its former lives' "
+                "chunks were on hold and scanned: look why it ends",
+            )
+        wait_ms = min(chunk.hold_ms for chunk in former)
+        message = (
+            f"pod {owner.name} has {len(former)} chunks of its former lives on hold, more than {most}; it "
+            f"gets a fresh one once such a chunk was scanned, in at most {wait_ms / 1000:.0f} s"
+        )
+        return Refused("pool_exhausted", message, reason="former_lives", wait_ms=wait_ms)
 
     def _none(self, exhausted: bool, pool: PoolTable) -> Exception:
         if not exhausted:

@@ -94,6 +94,8 @@ def leaf(error: BaseException) -> BaseException:
 class Refused(AgentError):
     """A request gets this error answer."""
 
-    def __init__(self, error: str, message: str, *, reason: str = "", retry: bool = False) -> None:
+    def __init__(
+        self, error: str, message: str, *, reason: str = "", retry: bool = False, wait_ms: int = 0
+    ) -> None:
         super().__init__(message)
-        self.failure = Failure(error=error, message=message, reason=reason, retry=retry)
+        self.failure = Failure(error=error, message=message, reason=reason, retry=retry, wait_ms=wait_ms)

@@ -34,14 +34,16 @@ class PoolEmpty(DrsmError):
 
 class PoolExhausted(DrsmError):
     """Raised by `allocate` when the agent said that not one chunk of the pool could be granted; `said` are
-    its words, with the pool's fill level."""
+    its words, with the pool's fill level. `wait`, unless 0, is after how many seconds it will grant one at
+    the latest: the pod has too many chunks of its former lives on hold."""
 
-    def __init__(self, pool: str, said: str = "") -> None:
-        super().__init__(
-            f"pool {pool}: every chunk is owned, and this pod's ids are all in use or in claimed chunks that "
-            f"are not scanned yet{said and f' ({said})'}; release ids, or define the pool larger"
+    def __init__(self, pool: str, said: str = "", wait: float = 0.0) -> None:
+        why = (
+            "every chunk is owned, and this pod's ids are all in use or in claimed chunks that are not "
+            f"scanned yet{said and f' ({said})'}; release ids, or define the pool larger"
         )
-        self.pool, self.said = pool, said
+        super().__init__(f"pool {pool}: {said if wait else why}")
+        self.pool, self.said, self.wait = pool, said, wait
 
 
 class NotOwner(DrsmError):
@@ -111,7 +113,7 @@ def from_failure(failure: Failure, code: int, pool: str) -> DrsmError:
     if known == 410:
         return SessionLost(failure.reason or failure.message)
     if known == 507:
-        return PoolExhausted(pool, failure.message)
+        return PoolExhausted(pool, failure.message, failure.wait_ms / 1000)
     if 400 <= known < 500:
         return BadRequest(failure.message or failure.error, failure.error)
     return AgentUnavailable(f"{failure.error}: {failure.message}")

@@ -182,8 +182,8 @@ class Pool:
                         raise refused
                     if self._supply is not supply:
                         supply, verdicts = self._supply, 0
-                    if supply is not None and supply.verdicts > verdicts:
-                        raise PoolExhausted(self.name, supply.verdict)
+                    if supply is not None and supply.verdict and supply.verdicts > verdicts:
+                        raise PoolExhausted(self.name, supply.verdict.said, supply.verdict.wait)
         except TimeoutError:
             raise self._why(refused) from None
         finally:

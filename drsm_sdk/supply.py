@@ -59,7 +59,7 @@ class Supply:
         self.wanted = definition.ids_per_chunk
         self.trouble: DrsmError | None = None
         self.verdicts = 0
-        self.verdict = ""
+        self.verdict: PoolExhausted | None = None
         self.first = asyncio.Event()
         self._session, self._scanner = session, scanner
         self._told, self._changed = told, changed
@@ -299,7 +299,7 @@ class Supply:
         self.trouble = error
         if isinstance(error, PoolExhausted):
             self.verdicts += 1
-            self.verdict = error.said
+            self.verdict = error
             self._lacking = False
             self.first.set()
         self._changed()

@@ -65,7 +65,8 @@ class Owner:
 @dataclass(frozen=True, slots=True)
 class Drsm:
     """A chunk's sub-document that only the agent writes. `go_owners` are the Go pods that it came from,
-    through all claims: one that stood still may go on issuing from it."""
+    through all claims: one that stood still may go on issuing from it. `returned`: it was claimed from a
+    former life of the pod that has it."""
 
     pod: str
     ip: str
@@ -76,6 +77,7 @@ class Drsm:
     hold_ms: int = 0
     request_id: str = ""
     go_owners: tuple[str, ...] = ()
+    returned: bool = False
 
     @property
     def owner(self) -> Owner:
@@ -84,8 +86,9 @@ class Drsm:
     @property
     def document(self) -> Document:
         fields = _fields(self)
-        if not self.go_owners:  # as a rule, and there may be a million chunks
-            del fields["go_owners"]
+        for name in ("go_owners", "returned"):  # neither, as a rule, and there may be a million chunks
+            if not fields[name]:
+                del fields[name]
         return fields
 
 
@@ -434,6 +437,7 @@ def _read_drsm(value: Any) -> Drsm | None:
             hold_ms=_whole(value.get("hold_ms", 0)),
             request_id=_text(value.get("request_id", ""), REQUEST_ID_MAX),
             go_owners=_read_names(value.get("go_owners")),
+            returned=bool(value.get("returned", False)),
         )
     except (KeyError, TypeError, ValueError, OverflowError):
         return None

@@ -148,10 +148,24 @@ def allocate(pool: str, n: int, owner: Owner, grant: str, request_id: str) -> In
 def claim(pool: str, orphan: Chunk, owner: Owner, grant: str, hold_ms: int) -> Update:
     """An orphan to a living pod, marked: what its former owners issued is not yet known. Also a chunk to its
     own owner anew, when a Go pod that it came from goes on issuing from it."""
-    drsm = Drsm(*_who(owner), grant=grant, marked=True, hold_ms=hold_ms, go_owners=_came_from(orphan))
+    drsm = Drsm(
+        *_who(owner),
+        grant=grant,
+        marked=True,
+        hold_ms=hold_ms,
+        go_owners=_came_from(orphan),
+        returned=_is_returned(orphan, owner),
+    )
     fields = _owned(orphan.n, owner, drsm).document
     changed = {name: fields[name] for name in ("podId", "podIp", "podInstance", "drsm")}
     return Update(pool, _chunk_guard(orphan), set=changed)
+
+
+def _is_returned(orphan: Chunk, owner: Owner) -> bool:
+    """Whether a claim gives a chunk to the next life of the pod that had it. (What was a Go pod's may have
+    its name, as one that was migrated.)"""
+    former = orphan.owner
+    return former.name == owner.name and not former.is_go and former.key != owner.key
 
 
 def put_back(

@@ -418,12 +418,14 @@ def of_an_agent(headers: Mapping[str, str], data: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error answer. `retry` says whether the same request may succeed later."""
+    """An error answer. `retry` says whether the same request may succeed later, and `wait_ms`, unless 0, when it
+    will at the latest."""
 
     error: str
     message: str
     reason: str = ""
     retry: bool = False
+    wait_ms: int = 0
 
     @property
     def code(self) -> int:
