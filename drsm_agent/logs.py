@@ -2,8 +2,11 @@
 
 import logging
 import sys
+import time
 
 import structlog
+
+from drsm_agent.repeats import Repeats
 
 
 def configure(log_format: str, level: str) -> None:
@@ -36,6 +39,7 @@ def configure(log_format: str, level: str) -> None:
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
+            Repeats(time.monotonic),
             *shared,
             structlog.processors.format_exc_info,
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,

@@ -418,8 +418,8 @@ def of_an_agent(headers: Mapping[str, str], data: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error answer. `retry` says whether the same request may succeed later, and `wait_ms`, unless 0, when it
-    will at the latest."""
+    """An error answer. `retry` says whether the same request may succeed later, and `wait_ms`, unless 0, when
+    it will at the latest."""
 
     error: str
     message: str

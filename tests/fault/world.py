@@ -7,8 +7,10 @@ links of its own to every server, and so have the pods that can be cut off; ever
 import asyncio
 import json
 import os
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -53,6 +55,11 @@ GROWTH, GROWTH_MIB = 1.3, 10.0
 RUN_GROWTH_MIB = 20.0
 """How much larger at the end of a run than after its first fault, and than the same process at its start:
 ten for the lead and the busiest rows, and less than half a MiB for each of some thirty faults."""
+LINE = re.compile(r"\[(?:warning|error) *\] (\w+)")
+"""The event of a line of trouble in an agent's log."""
+LINES_MAX = 15
+"""Of one event, with all its kinds, of one agent and one fault: `repeats.py` lets five of a kind
+through in half a minute."""
 ASK_SECONDS = 1.0
 LOOK_SECONDS = 2.0
 """Bound for one look at MongoDB, which is looked at again; what is asked once waits for the world to heal."""
@@ -495,6 +502,7 @@ class World:
         if sorted(row.exits) != sorted(fault.exits):
             row.wrong.append(f"agents ended with {row.exits}, expected {list(fault.exits)}")
         row.wrong += self._memory_grown(memory, row)
+        row.wrong += self._talkative(logs)
         row.wrong += [f"a task died: {task!r}" for task in self._tasks if task.done()]
         row.wrong += record.wrong
         record.wrong.clear()
@@ -509,6 +517,14 @@ class World:
                 f"{name}: {len(row.wrong)} wrong\n" + "\n".join(row.wrong[:20]) + f"\n{row}\n{said}"
             )
         return row
+
+    def _talkative(self, before: list[int]) -> list[str]:
+        """Kinds of lines that an agent has said too often."""
+        said = []
+        for agent, at in zip(self.agents, before, strict=True):
+            events = Counter(LINE.findall(agent.process.log_since(at)))
+            said += [f"{agent.name} said {e} {n} times" for e, n in events.items() if n > LINES_MAX]
+        return said
 
     def _measure_outage(self, row: Row, begin: float) -> None:
         """Before the demuxes are compared: for that nobody asks for chunks."""

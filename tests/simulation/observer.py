@@ -103,7 +103,7 @@ class Observer:
         rested = self.clock() - self._released_at.get(id_, float("-inf"))
         if rested < self.quarantine and not self.was_restored:
             self.broken("10", f"id {id_} issued by {owner} {rested:.3f} s after it was released")
-        if (issue := self.in_use.get(id_)) is not None and not self._forgotten(issue.owner, n):
+        if (issue := self.in_use.get(id_)) is not None and not self._forgotten(issue.owner, n, issue.grant):
             self.broken("G1", f"id {id_} issued by {owner} is in use since {issue.owner} issued it")
         if (n, *owner) not in self._announced:
             self.broken("G4", f"id {id_} issued by {owner} before its ownership of chunk {n} was announced")
@@ -119,13 +119,14 @@ class Observer:
         """A pod may issue these at any moment, and its lease allows it."""
         for id_ in ids:
             issue = self.in_use.get(id_)
-            if issue is not None and not self._forgotten(issue.owner, self.places.chunk_of(id_)):
+            if issue is not None and not self._forgotten(issue.owner, self.places.chunk_of(id_), issue.grant):
                 self.broken("G1", f"id {id_} is free at {owner}, and in use since {issue.owner} issued it")
 
-    def _forgotten(self, owner: Key, n: int) -> bool:
+    def _forgotten(self, owner: Key, n: int, grant: str = "") -> bool:
         """What was issued in the time that a restore has lost nobody can know, if its owner was not heard of
-        since for so long that it may not issue any more, or has let go of the chunk."""
-        return self.was_restored and not (self.may_issue(owner) and self.holds(owner, n, ""))
+        since for so long that it may not issue any more, or has let go of the chunk: of this grant of it, as
+        it may have been granted the same number again."""
+        return self.was_restored and not (self.may_issue(owner) and self.holds(owner, n, grant))
 
     def release(self, id_: Id, issue: Issue) -> None:
         if self.in_use.get(id_) is issue:
