@@ -354,7 +354,7 @@ BESIDE_GO: tuple[Ablation, ...] = (
         "F7",
         MIGRATION,
         ((writes, "take_over_keepalive", _only_put_off), (Mirrors, "may_receive", lambda *_: True)),
-        hint=4,
+        hint=0,
     ),
     Ablation(
         "a mirror has the instance of its pod",
@@ -364,14 +364,14 @@ BESIDE_GO: tuple[Ablation, ...] = (
             (documents, "our_instance", lambda owner: owner.instance),
             (writes, "our_instance", lambda owner: owner.instance),
         ),
-        hint=15,
+        hint=6,
     ),
     Ablation(
         "the guard of a keepalive looks at its name alone",
         "F2",
         LATE_DELETES,
         ((writes, "_keepalive_guard", _keepalive_of_the_name),),
-        hint=35,
+        hint=28,
     ),
     Ablation(
         "no keepalive before the first grant",
@@ -385,27 +385,28 @@ BESIDE_GO: tuple[Ablation, ...] = (
         "F4",
         MIGRATION,
         ((Mirrors, "_settled", lambda *_: True),),
-        hint=16,
+        hint=33,
     ),
     Ablation(
         "a mirror is deleted though a Go pod's chunk names it",
         "F2",
         ROLLBACK,
         ((keepalives, "go_writes_under", lambda *_: False),),
-        hint=2,
+        hint=4,
     ),
     Ablation(
         "a mirror stays as long as chunks name it",
         "F4",
         LAST_ONES,
         ((Mirrors, "_is_for_go", lambda *_: False),),
+        hint=1,
     ),
     Ablation(
         "a dead pod's name is its Go namesake's at once",
         "F4",
         SURVIVED,
         ((keepalives, "for_dead", _only_while_it_lives),),
-        hint=7,
+        hint=11,
     ),
     Ablation("a death is shown once", "F4", MISSED, ((Mirrors, "_shown_again", _nothing),), hint=2),
     Ablation(
@@ -413,20 +414,20 @@ BESIDE_GO: tuple[Ablation, ...] = (
         "F6",
         STANDSTILLS,
         ((writes, "_came_from", _nothing),),
-        hint=0,
+        hint=2,
     ),
     Ablation(
-        "no hold for a Go pod's chunk", "F6", STANDSTILLS, ((reaper, "hold_ms", _without_go_hold),), hint=0
+        "no hold for a Go pod's chunk", "F6", STANDSTILLS, ((reaper, "hold_ms", _without_go_hold),), hint=2
     ),
     Ablation(
         "a Go pod that comes back finds its chunks taken",
         "F6",
         STANDSTILLS,
         ((GoPods, "_move_back", _nothing),),
-        hint=19,
+        hint=24,
     ),
     Ablation(
-        "numbers as without Go pods", "F3", CROWDED, ((Allocations, "_numbers", _numbers_alone),), hint=22
+        "numbers as without Go pods", "F3", CROWDED, ((Allocations, "_numbers", _numbers_alone),), hint=137
     ),
     Ablation(
         "the end of a mirror is by another clock", "F10", MIXED, ((Mirrors, "_ends", _by_an_earlier_clock),)
@@ -436,7 +437,7 @@ BESIDE_GO: tuple[Ablation, ...] = (
         "F5",
         MIXED,
         ((Reaper, "_may_claim", _go_pods_that_say_nothing),),
-        hint=1,
+        hint=11,
     ),
     Ablation(
         "a silent Go pod's keepalive is deleted at once",
@@ -455,13 +456,14 @@ ABLATIONS: tuple[Ablation, ...] = (
         "4",
         SHRINKING,
         ((reaper, "hold_ms", _as_promised_today),),
-        hint=14,
+        hint=3,
     ),
     Ablation(
         "a renewal that promises more does not record it",
         "4",
         WAVERING,
         ((Sessions, "_promise", _unrecorded),),
+        hint=1,
     ),
     Ablation("a released id does not rest", "10", RESTING, ((Stock, "_rest", _free_at_once),)),
     Ablation(
@@ -469,14 +471,14 @@ ABLATIONS: tuple[Ablation, ...] = (
         "G1",
         RETURNING,
         ((Restorer, "may_issue", lambda *_, **__: True),),
-        hint=2,
+        hint=6,
     ),
     Ablation(
         "grants go on at once after a restore",
         "G1",
         RESTORES,
         ((Grants, "allowed", lambda _: True),),
-        hint=0,
+        hint=6,
     ),
     Ablation(
         "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=67
@@ -493,7 +495,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "5",
         INHERITANCE,
         ((Stock, "_release_closed", _release_counts_at_once),),
-        hint=7,
+        hint=0,
     ),
     Ablation(
         "leases count from receipt", "R1", LATE_ANSWERS, ((Rpc, "once", _counted_from_receipt),), hint=1
@@ -524,27 +526,27 @@ ABLATIONS: tuple[Ablation, ...] = (
         "R5",
         LATE_DEATHS,
         ((writes, "end_session", _death_without_term),),
-        hint=327,
+        hint=93,
     ),
-    Ablation("no stamp before answering", "R5", LATE_DEATHS, ((Leader, "_stamp", _no_stamp),), hint=58),
+    Ablation("no stamp before answering", "R5", LATE_DEATHS, ((Leader, "_stamp", _no_stamp),), hint=32),
     Ablation(
         "answers before the table has passed the stamp",
         "R6",
         LAGGING,
         ((Leader, "_stamp", _no_barrier),),
-        hint=5,
+        hint=1,
     ),
     Ablation(
         "a renewal counts after death was decided",
         "R2",
         LATE_WRITES,
         ((LivenessLeases, "extend", _renewed_all_the_same), (Sessions, "session", _whatever_was_decided)),
-        hint=24,
+        hint=63,
     ),
     Ablation("no hold", "4", PARTITIONS, ((reaper, "hold_ms", lambda *_: 0),), hint=2),
-    Ablation("events are not confirmed", "G4", RECONNECTS, ((Relay, "_delivered", _unconfirmed),), hint=8),
+    Ablation("events are not confirmed", "G4", RECONNECTS, ((Relay, "_delivered", _unconfirmed),), hint=5),
     Ablation(
-        "a hold without W", "section 4", SLOW_TO_SHOW, ((reaper, "hold_ms", _without_usage_lag),), hint=12
+        "a hold without W", "section 4", SLOW_TO_SHOW, ((reaper, "hold_ms", _without_usage_lag),), hint=0
     ),
     Ablation(
         "claims do not look at the owner",
@@ -572,7 +574,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "death in steps",
         ABSENCES,
         ((writes, "_keepalive_guard", _keepalive_of_the_name),),
-        hint=2,
+        hint=12,
     ),
     Ablation(
         "a pod takes events of its name for its own",
@@ -586,7 +588,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         "repeats",
         LOSSES,
         ((allocations, "_Wanted", _wanted_anew),),
-        hint=12,
+        hint=10,
     ),
     Ablation(
         "a repeated open is a new one", "repeats", LOSSES, ((Sessions, "_new_session", _opened_anew),), hint=1
@@ -596,9 +598,9 @@ ABLATIONS: tuple[Ablation, ...] = (
         "R6",
         LEADERS,
         ((Relay, "publish_log", _taken_for_published),),
-        hint=6,
+        hint=1,
     ),
-    Ablation("answers before the event is out", "G4", RESTLESS, ((Relay, "caught_up", _at_once),), hint=1),
+    Ablation("answers before the event is out", "G4", RESTLESS, ((Relay, "caught_up", _at_once),), hint=12),
     Ablation(
         "a number that was given back is not granted again",
         "G3",
