@@ -481,7 +481,7 @@ ABLATIONS: tuple[Ablation, ...] = (
         hint=6,
     ),
     Ablation(
-        "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=67
+        "a demux does not look at the history", "G5", RESTORES, ((Mirror, "apply", _any_history),), hint=601
     ),
     Ablation(
         "a mark is forgotten when its owner closes",
