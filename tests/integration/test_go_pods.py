@@ -5,7 +5,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -81,17 +81,21 @@ class GoPod:
     async def living(self) -> AsyncIterator[None]:
         """It renews all the time."""
 
+        over = asyncio.Event()
+
         async def renew() -> None:
-            while True:
+            while not over.is_set():
                 await self.renew()
-                await asyncio.sleep(0.2)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.2):
+                        await over.wait()
 
         task = asyncio.create_task(renew())
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.wait([task])
+            over.set()  # not cancelled: the driver may swallow that, and leave a socket open
+            await within(task)
 
     async def allocate(self, *numbers: int) -> None:
         """New chunks."""
