@@ -242,6 +242,8 @@ async def test_a_pod_connects_again_although_the_applications_threads_are_all_bu
             await eventually(lambda: transport.epoch > 1 and transport.connected, NOTICED_SECONDS)
         finally:
             busy.set()
+            loop.set_default_executor(ThreadPoolExecutor())  # other tests have the same loop
+            threads.shutdown()
             await transport.close()
 
 
