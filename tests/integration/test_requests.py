@@ -5,7 +5,6 @@ import json
 
 import pytest
 from nats.aio.msg import Msg
-from structlog.testing import capture_logs
 
 from drsm_agent.core import lease
 from drsm_sdk import Drsm, Pod
@@ -19,7 +18,6 @@ from tests.harness import (
     Failed,
     Requester,
     eventually,
-    mongo_table,
     renewing,
     requester,
 )
@@ -325,37 +323,3 @@ async def test_the_more_pods_there_are_the_less_often_each_of_them_renews(
             closing = m.SessionRef(name, answer.incarnation)
             await asking.ask(asking.subjects.session("close"), closing, m.Empty)
         await eventually(lambda: waited(0.0, 0.75))
-
-
-async def test_a_pod_that_dies_again_and_again_does_not_drain_a_small_pool(domain: Domain) -> None:
-    """Each life leaves a chunk on hold. With too many of them it gets no fresh one, and hears for how long;
-    others do."""
-    pools = [{"name": POOL, "bits": 14}]  # 16 chunks
-    with capture_logs() as logs:
-        async with domain.served(**UNHURRIED, pools=pools) as asking:
-            granted, refused = 0, None
-            for life in range(12):
-                opened = await asking.open("amf-1", request_id=f"life-{life}")
-                await asking.renew("amf-1", opened.incarnation)  # the former life is superseded
-                await eventually_owned(domain, "amf-1", opened.incarnation, granted)
-                try:
-                    await asking.acquire("amf-1", opened.incarnation, 1, f"r-{life}")
-                    granted += 1
-                except Failed as failed:
-                    refused = failed.failure
-                    break
-            assert granted == 3
-            assert refused is not None
-            assert (refused.error, refused.reason) == ("pool_exhausted", "former_lives")
-            assert 300_000 < refused.wait_ms < 320_000
-            other = await asking.open("amf-2")
-            assert (await asking.acquire("amf-2", other.incarnation, 4)).chunks
-    told = [log for log in logs if log["event"] == "pod_crash_loops"]
-    assert [(log["pod"], log["chunks"]) for log in told] == [("amf-1", 3)]
-
-
-async def eventually_owned(domain: Domain, name: str, incarnation: int, count: int) -> None:
-    """Until a pod has what its former lives had."""
-    async with asyncio.timeout(SEEN_SECONDS):
-        while sum(owner == (name, incarnation) for owner in (await mongo_table(domain)).values()) < count:
-            await asyncio.sleep(0.02)
