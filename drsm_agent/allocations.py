@@ -12,7 +12,7 @@ from functools import partial
 import structlog
 
 from drsm_agent.core import writes
-from drsm_agent.core.documents import Chunk, Owner, chunk_key
+from drsm_agent.core.documents import GO_INCARNATION, Chunk, Owner, chunk_key
 from drsm_agent.core.events import RELEASED
 from drsm_agent.core.numbers import FreeNumbers, beside_go, go_knows
 from drsm_agent.core.session import Key
@@ -66,6 +66,9 @@ class Allocations:
         self._free = {
             name: _free_numbers(reign.definitions[name], pool) for name, pool in reign.table.pools.items()
         }
+        leases, lag_ms = reign.leases, max(pool.usage_lag_ms for pool in reign.definitions.values())
+        self._longest_ms = round((leases.liveness + leases.allocation) * 1000) + lag_ms
+        """Until a chunk that a dead pod has just left can be scanned, as a rule."""
         self._looping: set[tuple[str, str]] = set()
         """Pods of which it was said that they end again and again."""
         self._odd: dict[str, set[int]] = {name: set() for name in reign.table.pools}
@@ -221,7 +224,13 @@ class Allocations:
         """A pod that dies again and again leaves a chunk on hold each time, and would have the whole pool."""
         held = pool.held.get(owner.key)
         owned = (pool.chunks[n] for n in held.numbers if n in pool.marked) if held else ()
-        former = [chunk for chunk in owned if chunk.drsm and chunk.drsm.returned]
+        former = [chunk.hold_ms for chunk in owned if chunk.drsm and chunk.drsm.returned]
+        unclaimed = sum(
+            len(left.numbers)
+            for key, left in pool.held.items()
+            if key[0] == owner.name and key not in pool.live and key[1] != GO_INCARNATION
+        )
+        former += [self._longest_ms] * unclaimed  # not claimed before it is certain that nobody renews
         most = max(FORMER_MIN, int(self._definitions[pool.name].usable * FORMER_SHARE))
         if len(former) <= most:
             self._looping.discard((pool.name, owner.name))
@@ -236,7 +245,7 @@ class Allocations:
                 action="this pod ended again and again; it gets no fresh chunk before its former lives' "
                 "chunks were on hold and scanned: look why it ends",
             )
-        wait_ms = min(chunk.hold_ms for chunk in former)
+        wait_ms = min(former)
         message = (
             f"pod {owner.name} has {len(former)} chunks of its former lives on hold, more than {most}; it "
             f"gets a fresh one once such a chunk was scanned, in at most {wait_ms / 1000:.0f} s"

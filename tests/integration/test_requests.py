@@ -5,12 +5,14 @@ import json
 
 import pytest
 from nats.aio.msg import Msg
+from structlog.testing import capture_logs
 
 from drsm_agent.core import lease
 from drsm_sdk import Drsm, Pod
 from drsm_sdk.wire import checksum
 from drsm_sdk.wire import messages as m
 from tests.harness import (
+    ONE_LEAD,
     POOL,
     SEEN_SECONDS,
     UNHURRIED,
@@ -323,3 +325,33 @@ async def test_the_more_pods_there_are_the_less_often_each_of_them_renews(
             closing = m.SessionRef(name, answer.incarnation)
             await asking.ask(asking.subjects.session("close"), closing, m.Empty)
         await eventually(lambda: waited(0.0, 0.75))
+
+
+async def test_a_pod_that_dies_again_and_again_does_not_drain_a_small_pool(domain: Domain) -> None:
+    """Each life leaves a chunk, which nobody may claim at once, and which is on hold then. With more than two
+    of them the pod gets no fresh one, before that and after, and hears for how long; others do."""
+    pools = [{"name": POOL, "bits": 14}]  # 16 chunks
+    with capture_logs() as logs:
+        async with domain.served(**ONE_LEAD, liveness_ttl=5.0, pools=pools) as asking:
+            for life in range(3):
+                opened = await asking.open("amf-1", request_id=f"life-{life}")
+                assert (await asking.acquire("amf-1", opened.incarnation, 1, f"r-{life}")).chunks
+            opened = await asking.open("amf-1", request_id="the last life")
+            async with renewing(asking, ("amf-1", opened.incarnation)):
+                refused = await _refused(asking, opened.incarnation)
+                assert (refused.error, refused.reason) == ("pool_exhausted", "former_lives")
+                assert refused.wait_ms == 315_000
+                await asking.seen(lambda: sum(len(c.chunks) for c in asking.of(m.ChunkClaimed)) == 3)
+                refused = await _refused(asking, opened.incarnation)
+                assert (refused.reason, 300_000 < refused.wait_ms < 315_000) == ("former_lives", True)
+                other = await asking.open("amf-2")
+                assert len((await asking.acquire("amf-2", other.incarnation, 4)).chunks) == 4
+    told = [log for log in logs if log["event"] == "pod_crash_loops"]
+    assert [(log["pod"], log["chunks"]) for log in told] == [("amf-1", 3)]
+
+
+async def _refused(asking: Requester, incarnation: int) -> m.Failure:
+    """Why the pod gets no chunk."""
+    with pytest.raises(Failed) as caught:
+        await asking.acquire("amf-1", incarnation, 1, "one more")
+    return caught.value.failure
