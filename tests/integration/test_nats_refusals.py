@@ -2,19 +2,24 @@
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import nkeys
 import pytest
 from nats.aio.client import Client
 
 from drsm_agent.embedded import NatsServer, Scratch, start_nats_server
 from drsm_agent.service import running
 from drsm_sdk import AgentUnavailable, Demux, Drsm, Pod, nats_transport, rpc
+from drsm_sdk.cli.ask import Access
 from drsm_sdk.nats_transport import NatsTransport
 from drsm_sdk.transport import NotConnected
 from tests.fault.link import Link
@@ -328,3 +333,56 @@ async def test_a_demux_that_is_slower_than_its_own_queue_heals(
             await eventually(lambda: demux.synced and set(demux.chunks()) == {0, 1})
         assert any("slow consumer" in record.getMessage().lower() for record in caplog.records)
         assert (demux._transport.epoch, head.pool) == (heard, POOL)
+
+
+async def test_agent_and_operator_use_an_nkey_and_an_inbox_prefix_of_their_own(
+    domain: Domain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where an account allows no other."""
+    seed = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
+    (tmp_path / "user.nk").write_bytes(seed)
+    allowed = '{publish: ">", subscribe: ["*.rpc.>", "*.evt.>", "_MINE.>"]}'
+    user = nkeys.from_seed(bytearray(seed)).public_key.decode()
+    async with Scratch() as scratch:
+        config = f"authorization {{ users = [{{nkey: {user}, permissions: {allowed}}}] }}"
+        server = await start_nats_server(scratch, config=config)
+        here = replace(domain, nats_url=server.url)
+        mine: Any = {"nats_nkey": tmp_path / "user.nk", "nats_inbox_prefix": "_MINE"}
+        monkeypatch.setenv("DRSM_NATS_NKEY", str(tmp_path / "user.nk"))
+        monkeypatch.setenv("DRSM_NATS_INBOX_PREFIX", "_MINE")
+        async with here.agent(**UNHURRIED, **mine):
+            async with Access(server.url, domain.prefix, SEEN_SECONDS).asking() as operator:
+                assert [state.definition.name for state in (await operator.pools()).pools] == [POOL]
+        assert "Violation" not in server.log_since(0)
+
+
+async def test_a_connection_that_takes_long_comes_about_with_a_longer_time_out(domain: Domain) -> None:
+    """Each try of it; with the default of two seconds none would."""
+    server = urlsplit(domain.nats_url)
+
+    async def slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with AsyncExitStack() as life:
+            life.callback(writer.close)
+            await asyncio.sleep(3.0)
+            there, back = await asyncio.open_connection(server.hostname, server.port)
+            life.callback(back.close)
+            with suppress(ConnectionError):
+                carrying = [
+                    asyncio.create_task(_carry(reader, back)),
+                    asyncio.create_task(_carry(there, writer)),
+                ]
+                await asyncio.wait(carrying, return_when=asyncio.FIRST_COMPLETED)
+                for one in carrying:
+                    one.cancel()
+                await asyncio.gather(*carrying, return_exceptions=True)
+
+    async with await asyncio.start_server(slowly, "127.0.0.1", 0) as listener:
+        url = f"nats://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        async with replace(domain, nats_url=url).agent(**UNHURRIED, nats_connect_timeout=10.0):
+            pass
+
+
+async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65536):
+        writer.write(data)
+        await writer.drain()
