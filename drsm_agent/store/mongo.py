@@ -6,8 +6,9 @@ own retries together.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing, suppress
+import time
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from itertools import product
 from typing import Any, Self
 
@@ -28,6 +29,7 @@ from drsm_agent.store.change_stream import ChangeStream, cluster_time, start_at,
 from drsm_agent.store.cursor import OPTIONS, plain, raw_cursor
 from drsm_agent.store.faults import DRIVER_ERRORS, answering
 from drsm_agent.store.spaces import FOLLOWED, UNFOLLOWED, space_of
+from drsm_agent.store.tls import TlsFiles
 from drsm_agent.store.url import check_options
 
 APP_NAME = "drsm-agent"
@@ -68,6 +70,8 @@ class MongoStore:
             )
         except (*DRIVER_ERRORS, ValueError, TypeError) as error:
             raise Misconfigured(check.malformed(url, error)) from error
+        given = self._client.delegate.options
+        self._tls = TlsFiles(given.pool_options._ssl_context, given._options, time.monotonic)
         followed = dict.fromkeys(FOLLOWED, database) | dict(pools)
         self._followed = tuple(followed)
         self._databases = dict.fromkeys(UNFOLLOWED, database) | followed
@@ -82,12 +86,13 @@ class MongoStore:
 
     async def check(self) -> None:
         """Raise Misconfigured unless this MongoDB can do, and lets us do, what the agent needs of it."""
+        self._tls.look()
         await check.check_deployment(self._client, self._hosts)
         with check.refused_at_once(self._hosts):
             for space in self._databases:
                 await self.write([Delete(space, {"_id": check.NO_SUCH_ID})])
             await self._try_inserts()
-            with answering("a read at a cluster time"):
+            with self._answering("a read at a cluster time"):
                 at = await self._snapshot_time()
             async with aclosing(self.changes(after=at)) as batches:
                 await anext(batches)
@@ -96,7 +101,7 @@ class MongoStore:
         """Insert what the work will, and take it back: a rule of the database may not let it in. In a
         transaction, so that nobody ever sees it."""
         what = "inserts into the agent's collections"
-        with answering(what), pymongo.timeout(self._timeout):
+        with self._answering(what), pymongo.timeout(self._timeout):
             async with await self._client.start_session() as session, session.start_transaction():
                 for space in self._databases:
                     for document in check.samples(space):
@@ -108,7 +113,7 @@ class MongoStore:
             return Outcome(changed=0)
         space = space_of(writes, self._databases)
         operations = [_operation(write) for write in writes]
-        with answering(f"{len(writes)} writes to {space}"), pymongo.timeout(self._timeout):
+        with self._answering(f"{len(writes)} writes to {space}"), pymongo.timeout(self._timeout):
             try:
                 result = await self._collection(space).bulk_write(operations, ordered=False)
             except BulkWriteError as error:
@@ -116,12 +121,12 @@ class MongoStore:
         return _outcome(result.bulk_api_result)
 
     async def read(self, space: str) -> list[Document]:
-        with answering(f"a read of {space}"), pymongo.timeout(self._timeout):
+        with self._answering(f"a read of {space}"), pymongo.timeout(self._timeout):
             documents = await self._collection(space).find().to_list(None)
         return [plain(document) for document in documents]
 
     async def snapshot(self) -> Snapshot:
-        with answering("a snapshot"):
+        with self._answering("a snapshot"):
             for _ in range(SNAPSHOT_ATTEMPTS - 1):
                 try:
                     return await self._snapshot()
@@ -131,18 +136,18 @@ class MongoStore:
             return await self._snapshot()
 
     async def ttl(self, space: str) -> int | None:
-        with answering(f"the indexes of {space}"), pymongo.timeout(self._timeout):
+        with self._answering(f"the indexes of {space}"), pymongo.timeout(self._timeout):
             indexes = await self._collection(space).index_information()
         after = [i["expireAfterSeconds"] for i in indexes.values() if _is_ttl(i)]
         return int(after[0]) if after else None
 
     async def has_chunks(self, space: str, database: str | None = None) -> bool:
         collection = self._client[database or self._databases[space]][space]
-        with answering(f"a look at {space}"), pymongo.timeout(self._timeout):
+        with self._answering(f"a look at {space}"), pymongo.timeout(self._timeout):
             return await collection.find_one(A_CHUNK, {"_id": 1}) is not None
 
     async def has_go(self, space: str) -> bool:
-        with answering(f"a look at {space}"), pymongo.timeout(self._timeout):
+        with self._answering(f"a look at {space}"), pymongo.timeout(self._timeout):
             return await self._collection(space).find_one(OF_GO, {"_id": 1}) is not None
 
     async def elsewhere(self, spaces: Sequence[str]) -> dict[str, list[str]]:
@@ -161,10 +166,17 @@ class MongoStore:
         return found
 
     def changes(self, *, after: int | None = None, token: str | None = None) -> AsyncGenerator[Batch, None]:
+        self._tls.look()
         return self._stream.batches(start_at(after, token))
 
     async def close(self) -> None:
         await asyncio.to_thread(self._client.close)  # it tells the server and waits for that
+
+    @contextmanager
+    def _answering(self, what: str) -> Iterator[None]:
+        self._tls.look()
+        with answering(what):
+            yield
 
     def _collection(self, space: str) -> AsyncIOMotorCollection[Document]:
         return self._client[self._databases[space]].get_collection(space, codec_options=OPTIONS)

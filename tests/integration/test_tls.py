@@ -19,8 +19,11 @@ from nats.errors import Error as NatsError
 from drsm_agent import service
 from drsm_agent.bus import nats_bus
 from drsm_agent.bus.nats_bus import NatsBus
-from drsm_agent.embedded import Scratch, start_nats_server
-from drsm_agent.errors import BusUnavailable
+from drsm_agent.embedded import Mongod, Scratch, start_nats_server
+from drsm_agent.embedded.binaries import find_mongod
+from drsm_agent.errors import BusUnavailable, StoreUnavailable
+from drsm_agent.store import replica_set
+from drsm_agent.store.mongo import MongoStore
 from drsm_sdk import Drsm, Pod, nats_transport
 from drsm_sdk.nats_transport import NatsTransport
 from drsm_sdk.transport import NotConnected
@@ -112,6 +115,32 @@ async def test_certificates_that_are_renewed_on_disk_are_read_for_the_next_conne
             assert await pool.allocate(timeout=SEEN_SECONDS)
 
 
+async def test_certificates_for_mongodb_that_are_renewed_on_disk_are_read_too(
+    domain: Domain, tmp_path: Path
+) -> None:
+    """By another authority, for both sides."""
+    issue(tmp_path, password=b"of the key")
+    options = ["--replSet", "rs0", "--tlsMode", "preferTLS", "--tlsCAFile", str(tmp_path / "ca.pem")]
+    options += ["--tlsCertificateKeyFile", str(tmp_path / "server-with-key.pem")]
+    async with Scratch() as scratch:
+        member = Mongod(scratch, find_mongod(), options=tuple(options))
+        await member.start()
+        await replica_set.initiate([member.address], "rs0", 2000)
+        url = f"mongodb://{member.address}/?replicaSet=rs0&tls=true&tlsCAFile={tmp_path}/ca.pem"
+        url += f"&tlsCertificateKeyFile={tmp_path}/client-with-key.pem"
+        url += "&tlsCertificateKeyFilePassword=of%20the%20key"
+        async with MongoStore(url, domain.database, {POOL: domain.database}) as store:
+            await store.check()
+            issue(tmp_path, password=b"of the key")
+            await member.kill()
+            await member.start()
+            async with asyncio.timeout(SEEN_SECONDS):
+                while True:
+                    with contextlib.suppress(StoreUnavailable):
+                        await store.check()
+                        break
+
+
 def issue(home: Path, password: bytes = b"") -> None:
     """A new authority's certificates, in the same files."""
     authority = trustme.CA()
@@ -128,6 +157,7 @@ def issue(home: Path, password: bytes = b"") -> None:
                 serialization.BestAvailableEncryption(password),
             )
         (home / f"{name}.key").write_bytes(key)
+        (home / f"{name}-with-key.pem").write_bytes(issued.cert_chain_pems[0].bytes() + key)
 
 
 @asynccontextmanager
