@@ -14,7 +14,7 @@ from tests.harness import SEEN_SECONDS, Domain, Failed, eventually, requester
 SESSION = "session"
 SPACES: list[dict[str, Any]] = [
     {"name": "seid", "bits": 64},
-    {"name": "ue_ip", "kind": "ipv4", "ranges": ["10.45.0.0/22"]},
+    {"name": "ue_ip", "kind": "ipv4", "ranges": ["10.45.0.0/22"], "block_bits": 8},
     {"name": "ue_v6", "kind": "ipv6", "ranges": ["2001:db8::/48"], "prefix": 64},
 ]
 POOL = {"name": SESSION, "usage_lag_ms": 0, "spaces": SPACES}
