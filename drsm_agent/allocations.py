@@ -5,6 +5,7 @@ published, and only then answered (G4). Requests of one moment share one bulk wr
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -128,7 +129,8 @@ class Allocations:
         await self._relay.read_back()
         table = self._table.pools[pool]
         await self._mirrors.ensure(table, {want.owner for want in wanted})
-        refusals = [self._refusal(table, want.owner) for want in wanted]
+        left = _left_by_the_dead(table)
+        refusals = [self._refusal(table, want.owner, left[want.owner.name]) for want in wanted]
         share = max(1, CHUNKS_PER_FLIGHT_MAX // len(wanted))
         missing = [
             0 if refusal or self._granted(table, want) else min(want.count, share)
@@ -214,22 +216,17 @@ class Allocations:
         chunks = [chunk for n in numbers if (chunk := pool.chunks[n]).owner == wanted.owner]
         return chunks[: wanted.count]
 
-    def _refusal(self, pool: PoolTable, owner: Owner) -> Refused | None:
-        """Why a pod gets no fresh chunk at this moment; None if it may."""
+    def _refusal(self, pool: PoolTable, owner: Owner, unclaimed: int) -> Refused | None:
+        """Why a pod gets no fresh chunk at this moment; None if it may. `unclaimed` are its former lives'."""
         if not self._mirrors.may_receive(pool, owner):
             return self._mirrors.refusal(pool, owner)
-        return self._loops(pool, owner)
+        return self._loops(pool, owner, unclaimed)
 
-    def _loops(self, pool: PoolTable, owner: Owner) -> Refused | None:
+    def _loops(self, pool: PoolTable, owner: Owner, unclaimed: int) -> Refused | None:
         """A pod that dies again and again leaves a chunk on hold each time, and would have the whole pool."""
         held = pool.held.get(owner.key)
         owned = (pool.chunks[n] for n in held.numbers if n in pool.marked) if held else ()
         former = [chunk.hold_ms for chunk in owned if chunk.drsm and chunk.drsm.returned]
-        unclaimed = sum(
-            len(left.numbers)
-            for key, left in pool.held.items()
-            if key[0] == owner.name and key not in pool.live and key[1] != GO_INCARNATION
-        )
         former += [self._longest_ms] * unclaimed  # not claimed before it is certain that nobody renews
         most = max(FORMER_MIN, int(self._definitions[pool.name].usable * FORMER_SHARE))
         if len(former) <= most:
@@ -269,6 +266,15 @@ class Allocations:
             for n, grant in dict.fromkeys(listed)
             if (chunk := pool.chunks.get(n)) and chunk.grant == grant and chunk.owner.key == key
         ]
+
+
+def _left_by_the_dead(pool: PoolTable) -> Counter[str]:
+    """How many chunks nobody has claimed yet, by the names of the dead SDK pods that had them."""
+    left: Counter[str] = Counter()
+    for (name, incarnation), held in pool.held.items():
+        if incarnation != GO_INCARNATION and (name, incarnation) not in pool.live:
+            left[name] += len(held.numbers)
+    return left
 
 
 def _free_numbers(definition: Definition, pool: PoolTable) -> FreeNumbers:

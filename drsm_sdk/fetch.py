@@ -20,6 +20,7 @@ async def snapshot(rpc: Rpc, subjects: Subjects, pool: str, timeout: float) -> S
     too: a set-up that delivers one answer only works until a table has two pages, and is told at once."""
     pages = Pages()
     found: dict[tuple[str, Version], Snapshot] = {}
+    ended: list[Snapshot] = []
     received = 0
 
     def done(reply: Message) -> bool:
@@ -29,7 +30,9 @@ async def snapshot(rpc: Rpc, subjects: Subjects, pool: str, timeout: float) -> S
         try:
             if _is_end(reply):
                 end = rpc.read(reply, SnapshotEnd)
-                return (end.stamp.agent, end.body.version) in found
+                if complete := found.get((end.stamp.agent, end.body.version)):
+                    ended.append(complete)
+                return bool(ended)
             answer = rpc.read(reply, SnapshotPage, pool=pool)
         except Unusable:
             return False  # what cannot be used counts as not received
@@ -49,7 +52,7 @@ async def snapshot(rpc: Rpc, subjects: Subjects, pool: str, timeout: float) -> S
         raise AgentUnavailable(str(error)) from None
     except Refused as refused:
         raise refused.error from None
-    return found[max(found, key=lambda known: known[1])]
+    return ended[0]
 
 
 def _is_end(reply: Message) -> bool:
